@@ -1,0 +1,342 @@
+"""Adversarial training: one loop for every method and regulariser, in a notebook and from the shell.
+
+    python -m derkit.training --preset fashion_mini --set method=n_fgsm --set seed=3
+    python -m derkit.training --help
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from derkit import alarms, attacks, energy, evaluation, losses, regularizers
+from derkit.checkpoint import load_checkpoint, save_checkpoint
+from derkit.config import AUTO, TrainConfig
+from derkit.data import Dataset, load_dataset
+from derkit.errors import DerkitError, pick
+from derkit.evaluation import make_generator
+from derkit.models import build_model
+from derkit.progress import progress
+from derkit.records import Run, append_line, environment, keep_epochs, runs_folder, write_json
+from derkit.schedules import SCHEDULES
+
+
+# ---------------------------------------------------------------------------------------------- device, precision
+def choose_device(name: str = AUTO) -> torch.device:
+    """'auto': the first GPU, else the CPU. Raises DerkitError for a device that is not there."""
+    if name == AUTO:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise DerkitError(f"device {name!r} is not usable here ({str(error).splitlines()[0]}). Use device=auto or cpu.") from error
+    return device
+
+
+def choose_precision(config: TrainConfig, device: torch.device) -> tuple[str, str]:
+    """(precision, reason). bf16 wherever the GPU has it; fp16 gradients of inputs underflow, so attacks stay in fp32 there."""
+    if config.precision != AUTO:
+        return config.precision, "set in the config"
+    if device.type != "cuda":
+        return "fp32", f"auto on {device.type}"
+    if config.regularizer == "gradalign":
+        return "fp32", "gradalign's input gradients are too small for half precision"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16", "the GPU has bf16"
+    if torch.cuda.get_device_capability(device)[0] >= 7:
+        return "fp16", "the GPU has fp16 but no bf16; attacks run in fp32"
+    return "fp32", "the GPU has no fast half precision"
+
+
+def _autocast(device: torch.device, precision: str):
+    if precision in ("bf16", "fp16"):
+        return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+    return nullcontext()
+
+
+def model_from_config(config: TrainConfig, dataset: Dataset) -> nn.Module:
+    """The model that the config names, with the data set's normaliser inside, initialised from config.seed."""
+    options: dict[str, Any] = {"width": config.width} if config.width else {}
+    if config.model == "preact_resnet18":
+        options |= dict(shortcut=config.shortcut, final_bn=config.final_bn)
+    if config.model == "wide_resnet":
+        options |= dict(depth=config.depth)
+    stats = dict(mean=dataset.mean, std=dataset.std) if config.normalize else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return build_model(config.model, dataset.channels, len(dataset.classes), dataset.size, **stats, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------- a step
+def train_step(step: losses.Step, context=nullcontext, attack_context=nullcontext) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss with graph, statistics (detached, on the device)) of one batch: attack, one forward of all points, loss.
+
+    No value is read back to the host.
+    """
+    config = step.config
+    method = losses.METHODS[config.method]
+    with attack_context():
+        step.x_adv, _, start = method.attack(step)
+    step.x_adv = step.x_adv.detach()
+    names: tuple[str, ...] = ("adv", *method.points)
+    regularizer = None
+    if config.regularizer != "none" and config.strength > 0:
+        regularizer = regularizers.REGULARIZERS[config.regularizer]
+        names += regularizer.points(config)
+    points = regularizers.make_points(step, names)
+    with context():
+        joined = step.model(torch.cat(list(points.values()))) if len(points) > 1 else step.model(step.x_adv)
+        logits = dict(zip(points, joined.split(len(step.x)), strict=True))
+        loss = method.loss(logits, step)
+        penalty = regularizer.value(logits, step) if regularizer else loss.new_zeros(())
+        total = loss + regularizers.strength(step) * penalty if regularizer else loss
+    with torch.no_grad():
+        adv = energy.upcast(logits["adv"])
+        reference = start if start is not None else logits.get("nat")
+        aae = adv.new_full((), math.nan) if reference is None else energy.abnormal_mask(reference, adv, step.y).to(adv.dtype).mean()
+        statistics = dict(loss=loss.detach(), penalty=penalty.detach(), acc=(adv.argmax(1) == step.y).to(adv.dtype).mean(),
+                          aae=aae, E_adv=energy.marginal_energy(adv).mean())
+    return total, statistics
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+def epoch_evaluation(model: nn.Module, dataset: Dataset, config: TrainConfig, epoch: int) -> dict[str, float]:
+    """Clean, FGSM and PGD accuracy on validation and probe images, energies of the probe, linearity at some cadence."""
+    out: dict[str, float] = {}
+    parts = {"valid": dataset.valid.take(slice(config.eval_size)), "probe": dataset.train.take(slice(config.probe_size))}
+    for name, split in parts.items():
+        natural = evaluation.predict(model, split)
+        _, weak = evaluation.attack_split(model, split, evaluation.fgsm_attack(config.eps))
+        _, hard = evaluation.attack_split(model, split, evaluation.pgd_attack(config.eps, config.eval_steps))
+        out |= {f"{name}_clean": evaluation.accuracy(natural, split.labels), f"{name}_fgsm": evaluation.accuracy(weak, split.labels),
+                f"{name}_pgd": evaluation.accuracy(hard, split.labels),
+                f"{name}_loss": energy.cross_entropy(natural, split.labels).mean().item(),
+                f"{name}_pgd_loss": energy.cross_entropy(hard, split.labels).mean().item()}
+        out |= {f"{name}_pgd_{k}": v for k, v in evaluation.energy_summary(natural, hard, split.labels).items()}
+    probe = parts["probe"]
+    x, y = next(evaluation.float_batches(probe, model, len(probe)))
+    generator = make_generator(x.device, "probe", 0)
+    used = config.change(attack_bn="eval") if config.method != "standard" else config.change(attack_bn="eval", method="fgsm")
+    step = losses.Step(model, x, y, used, generator)
+    x_adv, _, start = losses.METHODS[used.method].attack(step)
+    with torch.no_grad(), attacks.attack_mode(model, "eval"):
+        natural, logits = model(x), model(x_adv)
+    out |= {f"probe_{k}": v for k, v in evaluation.energy_summary(natural, logits, y, start).items()}
+    if epoch % config.probe_every == 0 or epoch == config.epochs:
+        out["cos"] = evaluation.gradient_cosine(model, x, y, config.eps, generator).mean().item()
+        out["E_lin"] = evaluation.elle_linearity(model, x, y, config.eps, generator).mean().item()
+    return {k: round(v, 6) for k, v in out.items()}
+
+
+def final_evaluation(model: nn.Module, dataset: Dataset, config: TrainConfig) -> dict[str, float]:
+    """Test accuracies: clean, FGSM, PGD (config.final_steps), strong; with the numbers of images."""
+    test = dataset.test.take(slice(config.final_size or None))
+    natural = evaluation.predict(model, test)
+    _, weak = evaluation.attack_split(model, test, evaluation.fgsm_attack(config.eps))
+    _, hard = evaluation.attack_split(model, test, evaluation.pgd_attack(config.eps, config.final_steps))
+    out = dict(clean=evaluation.accuracy(natural, test.labels), fgsm=evaluation.accuracy(weak, test.labels),
+               pgd=evaluation.accuracy(hard, test.labels), pgd_steps=config.final_steps, images=len(test))
+    out |= {k: v for k, v in evaluation.energy_summary(natural, hard, test.labels).items() if k in ("dE", "dEy", "aae")}
+    if config.strong_size:
+        part = dataset.test.take(slice(config.strong_size))
+        out |= dict(strong=evaluation.strong_accuracy(model, part, config.eps, steps=50), strong_images=len(part))
+    return {k: round(v, 6) for k, v in out.items()}
+
+
+# ------------------------------------------------------------------------------------------------------- the run
+@dataclass
+class _State:
+    """Everything that changes in training and is saved to resume."""
+
+    model: nn.Module
+    ema: AveragedModel | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    regularizer: dict[str, Tensor]
+    epoch: int = 0
+    best: float = -1.0
+    best_epoch: int = 0
+
+    @property
+    def judged(self) -> nn.Module:
+        """The weights that are evaluated and kept: the moving average if there is one."""
+        return self.ema.module if self.ema else self.model
+
+    def extra(self) -> dict[str, Any]:
+        return dict(epoch=self.epoch, best=self.best, best_epoch=self.best_epoch, optimizer=self.optimizer.state_dict(),
+                    scaler=self.scaler.state_dict(), regularizer=self.regularizer,
+                    ema=self.ema.state_dict() if self.ema else None)
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        self.model.load_state_dict(saved["state"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.regularizer.update(saved["regularizer"])
+        if self.ema:
+            self.ema.load_state_dict(saved["ema"])
+        self.epoch, self.best, self.best_epoch = saved["epoch"], saved["best"], saved["best_epoch"]
+
+
+def _new_state(config: TrainConfig, model: nn.Module, device: torch.device, precision: str) -> _State:
+    model.to(device, torch.float64 if precision == "fp64" else torch.float32)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
+                                nesterov=False, fused=True if device.type == "cuda" else None)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True) if config.ema else None
+    return _State(model, ema, optimizer, torch.amp.GradScaler(device.type, enabled=precision == "fp16"), {})
+
+
+def _train_epoch(state: _State, forward: nn.Module, dataset: Dataset, config: TrainConfig, precision: str) -> dict[str, Any]:
+    """One epoch; returns its record. Statistics stay on the device until the epoch is over."""
+    device = dataset.train.images.device
+    generator = make_generator(device, "epoch", config.seed, state.epoch)
+    torch.manual_seed(config.seed * 100_003 + state.epoch)  # for dropout in a user's model
+    per_epoch = math.ceil(len(dataset.train) / config.batch_size)
+    rows, began = [], time.perf_counter()
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+
+    def context():
+        return _autocast(device, precision)
+
+    attack_context = nullcontext if precision == "fp16" else context
+    state.model.train()
+    batches = dataset.train.batches(config.batch_size, generator, config.augment, dtype)
+    for i, (x, y) in enumerate(progress(batches, desc=f"epoch {state.epoch + 1}/{config.epochs}", total=per_epoch)):
+        if config.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        at = (state.epoch + i / per_epoch) / config.epochs
+        rate = config.lr * SCHEDULES[config.schedule](at + 0.5 / per_epoch / config.epochs, config.peak)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        step = losses.Step(forward, x, y, config, generator, at, state=state.regularizer)
+        total, statistics = train_step(step, context, attack_context)
+        state.optimizer.zero_grad(set_to_none=True)
+        state.scaler.scale(total).backward()
+        if config.clip:
+            state.scaler.unscale_(state.optimizer)
+            nn.utils.clip_grad_norm_(state.model.parameters(), config.clip)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        if state.ema:
+            state.ema.update_parameters(state.model)
+        rows.append(torch.stack([v.double() if device.type != "mps" else v.float() for v in statistics.values()]))
+    table = torch.stack(rows).cpu()  # the epoch's only read-back
+    seconds = time.perf_counter() - began
+    names = list(statistics)
+    series = {name: table[:, names.index(name)] for name in names}
+    mean = {f"train_{k}": v.mean().item() for k, v in series.items()}
+    if not all(math.isfinite(mean[f"train_{k}"]) for k in ("loss", "penalty")):
+        bad = int((~torch.isfinite(series["loss"] + series["penalty"])).nonzero()[0]) + 1
+        raise FloatingPointError(f"the loss is not finite at epoch {state.epoch + 1}, step {bad} of {per_epoch}.")
+    keep = {k: [round(v, 4) if math.isfinite(v) else None for v in series[k].tolist()] for k in ("loss", "acc", "aae")}
+    return dict(**{k: round(v, 6) for k, v in mean.items()}, lr=rate, images_per_s=round(len(dataset.train) / seconds, 1),
+                seconds=round(seconds, 3), steps=keep)
+
+
+def run_folder(config: TrainConfig, dataset: Dataset) -> Path:
+    """$DERKIT_HOME/runs/<readable name>-<hash of config and data>."""
+    parts = [dataset.name, config.method, config.regularizer if config.regularizer != "none" else "",
+             config.variant if config.regularizer == "der" else "", f"eps{config.eps:.4g}", f"s{config.seed}"]
+    return runs_folder() / "-".join([*filter(None, parts), config.hash(dataset.sha256)])
+
+
+def train(config: TrainConfig, dataset: Dataset | None = None, *, model: nn.Module | None = None,
+          folder: str | Path | None = None, resume: bool = True, verbose: bool = True) -> Run:
+    """Train, evaluate, record; returns the run (`Run.epochs`, `Run.final`, checkpoints in `Run.folder`).
+
+    dataset: default `load_dataset(config.dataset, ...)`. model: your own nn.Module (config.model = 'custom').
+    folder: default `run_folder`. A finished run with the same config is loaded, not trained again; an unfinished one goes
+    on from its last epoch to the same result (``resume=False``: starts anew).
+    Raises DerkitError on bad input before any work, FloatingPointError when the loss is not finite.
+    """
+    say = print if verbose else (lambda *a, **k: None)
+    device = choose_device(config.device)
+    precision, why = choose_precision(config, device)
+    config = config.change(precision=precision)
+    pick("method", config.method, losses.METHODS)
+    if dataset is None:
+        dataset = load_dataset(config.dataset, config.data_dir or None, device, download=config.download,
+                               train_size=config.train_size, valid_size=config.valid_size,
+                               image_size=config.image_size or None, progress=progress)
+    if model is not None:
+        config = config.change(model="custom")
+    folder = Path(folder) if folder else run_folder(config, dataset)
+    if resume and (folder / "final.json").is_file():
+        found = Run(folder)
+        if TrainConfig(**found.config["train"]).hash() != config.hash():
+            raise DerkitError(f"{folder} holds a run of another config. Choose another folder, or resume=False to replace it.")
+        say(f"loaded the finished run {folder.name} (same config; not trained again)")
+        return found
+
+    model = model if model is not None else model_from_config(config, dataset)
+    state = _new_state(config, model, device, precision)
+    last, best = folder / "last.pt", folder / "best.pt"
+    metrics = folder / "metrics.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    if resume and last.is_file():
+        saved = load_checkpoint(last, device)
+        if TrainConfig(**saved["config"]).hash() != config.hash():
+            raise DerkitError(f"{folder} holds a run of another config. Choose another folder, or resume=False to replace it.")
+        state.restore(saved)
+        keep_epochs(metrics, state.epoch)
+        say(f"resuming {folder.name} after epoch {state.epoch}")
+    else:
+        metrics.unlink(missing_ok=True)
+        (folder / "final.json").unlink(missing_ok=True)
+    write_json(folder / "config.json", dict(train=config.as_dict(), dataset=dataset.name, source=dataset.source,
+                                            data_sha256=dataset.sha256, sizes=dict(train=len(dataset.train),
+                                            valid=len(dataset.valid), test=len(dataset.test)), classes=dataset.classes))
+    write_json(folder / "env.json", environment(device, precision, why))
+    forward = torch.compile(model) if config.compile else model
+    rows: list[dict] = []
+    while state.epoch < config.epochs:
+        record = _train_epoch(state, forward, dataset, config, precision)
+        state.epoch += 1
+        record = dict(epoch=state.epoch) | epoch_evaluation(state.judged, dataset, config, state.epoch) | record
+        rows.append(record)
+        if record["valid_pgd"] > state.best:
+            state.best, state.best_epoch = record["valid_pgd"], state.epoch
+            _save(best, state, config)
+        append_line(metrics, record)
+        stop = config.stop_on_co and alarms.should_stop(rows)
+        if state.epoch % config.save_every == 0 or state.epoch == config.epochs or stop:
+            save_checkpoint(last, state.model, config.as_dict(), **state.extra())
+        if stop:
+            say(f"stopped after epoch {state.epoch}: catastrophic-overfitting alarm")
+            break
+    return _finish(folder, state, dataset, config, best)
+
+
+def _save(path: Path, state: _State, config: TrainConfig) -> None:
+    judged = state.judged
+    judged.spec = getattr(state.model, "spec", None)
+    save_checkpoint(path, judged, config.as_dict(), epoch=state.epoch)
+
+
+def _finish(folder: Path, state: _State, dataset: Dataset, config: TrainConfig, best: Path) -> Run:
+    """Test both checkpoints, last and best-on-validation, and write final.json: the mark of a finished run."""
+    _save(folder / "final.pt", state, config)
+    result = dict(last=final_evaluation(state.judged, dataset, config), last_epoch=state.epoch, best_epoch=state.best_epoch)
+    if state.best_epoch == state.epoch:
+        result["best"] = result["last"]
+    else:
+        state.judged.load_state_dict(load_checkpoint(best, dataset.train.images.device)["state"])
+        result["best"] = final_evaluation(state.judged, dataset, config)
+    write_json(folder / "final.json", result)
+    return Run(folder)
+
+
+if __name__ == "__main__":
+    from derkit.cli import main
+
+    raise SystemExit(main())

@@ -25,8 +25,8 @@ NORMS = ("linf", "l2")
 
 
 # ---------------------------------------------------------------------------------------------- checks and state
-def check_batch(x: Tensor, y: Tensor, classes: int | None = None) -> None:
-    """Raise DerkitError unless x is a float batch in [0, 1] and y holds class indices. Costs a host sync."""
+def check_batch(x: Tensor, y: Tensor, model: nn.Module | None = None) -> None:
+    """Raise DerkitError unless x is a float batch in [0, 1] and y holds class indices of the model. Costs a host sync."""
     if x.ndim != 4 or not x.is_floating_point():
         raise DerkitError(f"x must be a float batch (B, C, H, W), found {x.dtype} of shape {tuple(x.shape)}.")
     if y.shape != x.shape[:1] or y.is_floating_point():
@@ -37,15 +37,36 @@ def check_batch(x: Tensor, y: Tensor, classes: int | None = None) -> None:
     if not (low >= 0 and high <= 1):  # also catches NaN
         raise DerkitError(f"x must lie in [0, 1], found [{low:.4g}, {high:.4g}]. Put the normaliser inside the model "
                           "(derkit.models.Normalize), and divide byte images by 255.")
-    if y.min() < 0 or (classes is not None and y.max() >= classes):
-        raise DerkitError(f"labels must lie in [0, {classes}), found [{y.min().item()}, {y.max().item()}].")
+    low, high = y.min().item(), y.max().item()
+    classes = math.inf if model is None else output_size(model, x)
+    if low < 0 or high >= classes:
+        raise DerkitError(f"labels must lie in [0, {classes}), found [{low}, {high}].")
 
 
-def check_eps(eps: float) -> float:
-    """eps as a float in [0, 1], or DerkitError. Text such as '8/255' is read by `derkit.config.parse_eps`."""
-    if not isinstance(eps, int | float) or isinstance(eps, bool) or not 0 <= eps <= 1:
-        raise DerkitError(f"eps must be a number in [0, 1] (pixel units), found {eps!r}. For 8/255 write 8 / 255.")
+def output_size(model: nn.Module, x: Tensor) -> int:
+    """The model's number of classes: from its spec, else from the logits of one image."""
+    spec = getattr(model, "spec", None)
+    if spec:
+        return spec["classes"]
+    with torch.no_grad(), attack_mode(model):
+        return model(x[:1]).shape[1]
+
+
+def check_eps(eps: float, norm: str = "linf") -> float:
+    """eps as a float, in [0, 1] for L_inf, or DerkitError. Text such as '8/255' is read by `derkit.config.parse_eps`."""
+    high = 1 if norm == "linf" else math.inf
+    if not isinstance(eps, int | float) or isinstance(eps, bool) or not (0 <= eps <= high and math.isfinite(eps)):
+        expected = "a number in [0, 1] (pixel units)" if norm == "linf" else "a finite number >= 0"
+        raise DerkitError(f"eps must be {expected}, found {eps!r}. For 8/255 write 8 / 255.")
     return float(eps)
+
+
+def _prepare(model: nn.Module, x: Tensor, y: Tensor, eps: float, check: bool, norm: str = "linf") -> Tensor:
+    """x without a graph, after the checks; that of eps is free and always made."""
+    check_eps(eps, norm)
+    if check:
+        check_batch(x, y, model)
+    return x.detach()
 
 
 @contextmanager
@@ -121,8 +142,7 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, bn_mode: str = "
 
     With ``return_start`` also returns the starting point and its logits, which the gradient needed anyway.
     """
-    if check:
-        check_batch(x, y), check_eps(eps)
+    x = _prepare(model, x, y, eps, check)
     x_adv, logits = _single_step(model, x, y, x, eps, bn_mode)
     x_adv = x_adv.clamp(0, 1)
     return (x_adv, x, logits) if return_start else x_adv
@@ -131,8 +151,7 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, bn_mode: str = "
 def rs_fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, alpha: float | None = None, bn_mode: str = "eval",
             generator: torch.Generator | None = None, check: bool = True, return_start: bool = False):
     """RS-FGSM (arXiv 2001.03994): start U(-eps, eps) clipped to valid pixels, step alpha = 1.25 eps, project to the ball."""
-    if check:
-        check_batch(x, y), check_eps(eps)
+    x = _prepare(model, x, y, eps, check)
     start = (x + _uniform(x, eps, generator)).clamp(0, 1)
     x_adv, logits = _single_step(model, x, y, start, 1.25 * eps if alpha is None else alpha, bn_mode)
     x_adv = project(x_adv, x, eps)
@@ -146,8 +165,7 @@ def n_fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, alpha: float |
 
     The result may leave the eps ball (up to (k + 1) eps): use it for training, never to report robustness.
     """
-    if check:
-        check_batch(x, y), check_eps(eps)
+    x = _prepare(model, x, y, eps, check)
     start = (x + _uniform(x, k * eps, generator)).clamp(0, 1)
     x_adv, logits = _single_step(model, x, y, start, eps if alpha is None else alpha, bn_mode)
     x_adv = x_adv.clamp(0, 1)
@@ -207,10 +225,7 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: float | None 
         raise DerkitError(f"norm must be one of {NORMS}, found {norm!r}.")
     if steps < 0 or restarts < 1:
         raise DerkitError(f"steps must be >= 0 and restarts >= 1, found {steps} and {restarts}.")
-    if check:
-        check_batch(x, y)
-        if norm == "linf":
-            check_eps(eps)
+    x = _prepare(model, x, y, eps, check, norm)
     if eps == 0 or not x.numel():
         return x.clone()
     alpha = alpha if alpha is not None else (2 * eps if decay else eps / 4)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from derkit.errors import CheckpointError
-from derkit.models import build_model, describe
+from derkit.models import build_model, describe, same_network
 from derkit.records import atomic_write
 
 FORMAT = "derkit-1"
@@ -56,7 +56,7 @@ def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device = 
         if "Weights only load failed" in text or "Unsupported" in text or "weights_only" in text:
             raise CheckpointError(f"{path} holds Python objects, not only tensors and plain values: not loaded.") from error
         raise CheckpointError(f"{path} is truncated or not a checkpoint ({type(error).__name__}).") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not {"spec", "variant", "state", "sha256"} <= set(content):
         raise CheckpointError(f"{path} is not a derkit checkpoint (format {FORMAT!r}).")
     if state_hash(content["state"]) != content["sha256"]:
         raise CheckpointError(f"{path}: the weights do not match the recorded sha256.")
@@ -81,6 +81,9 @@ def load_model(path: str | os.PathLike, *, classes: int | None = None, model: nn
         if spec["name"] == "custom":
             raise CheckpointError(f"{path} holds a custom module: pass model=YourModule().")
         model = build_model(**spec)
+    found = getattr(model, "spec", None)
+    if found and spec["name"] != "custom" and not same_network(found, spec):
+        raise CheckpointError(f"{path} ({content['variant']}) does not fit the model, which is {describe(found)}.")
     dtype = next((t.dtype for t in content["state"].values() if t.is_floating_point()), torch.float32)
     try:
         model.to(dtype).load_state_dict(content["state"])

@@ -155,9 +155,9 @@ def _full(name: str, data_dir, download: bool, image_size: int | None, progress)
                 canonical = spec.classes if isinstance(spec.classes, list) else None
                 names = sources.class_names(folder / "train", canonical)
                 expected = len(spec.classes) if canonical else spec.classes
+                if folder == root and not data_dir and (len(names) != expected or canonical and not sources.same_names(names, canonical)):
+                    continue  # class folders of something else
                 if len(names) != expected:
-                    if folder == root:
-                        continue  # class folders of something else
                     raise DataError(f"{folder / 'train'} has {len(names)} class folders, {name} has {expected} classes.")
                 kinds = {p.suffix.lower() for p in (folder / "train" / names[0]).iterdir()} & sources.IMAGE_SUFFIXES
                 parts = {s: sources.read_class_folders(folder / s, names, spec.channels, spec.size, progress)
@@ -181,7 +181,11 @@ def _full(name: str, data_dir, download: bool, image_size: int | None, progress)
                         f"download (download=True). A folder {name}/train/<class>/*.jpg|png with test/ beside it works too.")
     root = Path(data_dir).expanduser() if data_dir else sources.home() / "data"
     print(f"downloading {name} into {root} (once)")
-    parts = {s: sources.read_torchvision(name, root, s == "train", True) for s in ("train", "test")}
+    try:
+        parts = {s: sources.read_torchvision(name, root, s == "train", True) for s in ("train", "test")}
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{name} could not be downloaded ({error}). Looked in: {', '.join(looked)}. Without a network, put "
+                        f"class folders {name}/train/<class>/*.jpg|png and {name}/test/ there, or pass data_dir.") from error
     return parts, "torchvision, downloaded", None
 
 
@@ -208,6 +212,14 @@ def _pick(labels: np.ndarray, n: int, rng: np.random.Generator, what: str) -> np
     return order[np.argsort(rank[order], kind="stable")][:n]
 
 
+def _mix(images: np.ndarray, labels: np.ndarray) -> sources.Arrays:
+    """Images that come sorted by class (class folders) in a fixed mixed order, so that the first n hold all classes."""
+    if (np.diff(labels) < 0).any():
+        return images, labels
+    order = _pick(labels, len(labels), np.random.default_rng(0), "")
+    return images[order], labels[order]
+
+
 def load_dataset(name: str = "fashion_mini", data_dir: str | os.PathLike | None = None, device: str | torch.device = "cpu",
                  *, download: bool = True, train_size: int = 0, valid_size: int = 1000, split_seed: int = 0,
                  image_size: int | None = None, progress=lambda it, **kw: it) -> Dataset:
@@ -228,8 +240,8 @@ def load_dataset(name: str = "fashion_mini", data_dir: str | os.PathLike | None 
         spec = SPECS[name]
         if image_size not in (None, 0, spec.size):
             raise DerkitError(f"image_size is for 'imagefolder:<path>'; {name} has {spec.size}x{spec.size} images.")
-        if data_dir and not Path(data_dir).expanduser().is_dir() and not (download and name != "fashion_mini"):
-            raise DataError(f"data_dir {data_dir} does not exist.")
+        if data_dir and not Path(data_dir).expanduser().is_dir():
+            raise DataError(f"data_dir {data_dir} does not exist. Create it first if {name} is to be downloaded into it.")
         if name == "fashion_mini":
             (parts, source), names = _mini(), None
         else:
@@ -238,14 +250,19 @@ def load_dataset(name: str = "fashion_mini", data_dir: str | os.PathLike | None 
         raise unknown("dataset", name, [*SPECS, "imagefolder:<path>"])
 
     rng = np.random.default_rng(split_seed)
+    parts = {split: _mix(*arrays) for split, arrays in parts.items()}
     images, labels = parts["train"]
     if "valid" in parts:
         valid_images, valid_labels = parts["valid"]
         keep = np.arange(len(labels))
     else:
+        if valid_size < 0:
+            raise DataError(f"valid_size must be positive, found {valid_size}.")
         held = _pick(labels, valid_size, rng, "valid_size")
         valid_images, valid_labels = images[held], labels[held]
         keep = np.setdiff1d(np.arange(len(labels)), held)
+        if not len(keep):
+            raise DataError(f"valid_size = {valid_size} leaves no training images of the {len(labels)} that there are.")
     if train_size:
         if train_size < 0:
             raise DataError(f"train_size must be positive (or 0 for all), found {train_size}.")

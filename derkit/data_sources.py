@@ -8,6 +8,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
+import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +39,12 @@ def search_roots(data_dir: str | os.PathLike | None) -> list[Path]:
 # --------------------------------------------------------------------------------------------------- idx (MNIST)
 def read_idx(path: Path) -> np.ndarray:
     """One idx file of bytes (gzipped or not) as an array."""
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
-        raw = f.read()
-    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
+            raw = f.read()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path} is truncated or not a gzip file: {error}.") from error
+    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or len(raw) < 4 + 4 * raw[3]:
         raise DataError(f"{path} is not an idx file of bytes.")
     shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4).astype(int)
     body = np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3])
@@ -58,7 +63,10 @@ def read_idx_folder(folder: Path, train: bool) -> Arrays:
                 return folder / name
         raise FileNotFoundError(folder / f"{stem}-{kind}-ubyte.gz")
 
-    return read_idx(find("images-idx3")), read_idx(find("labels-idx1")).astype(np.int64)
+    images, labels = read_idx(find("images-idx3")), read_idx(find("labels-idx1")).astype(np.int64)
+    if len(images) != len(labels):
+        raise DataError(f"{folder}: {len(images)} images and {len(labels)} labels for {stem}.")
+    return images, labels
 
 
 # ------------------------------------------------------------------------------------------------- class folders
@@ -67,10 +75,15 @@ def class_names(folder: Path, canonical: list[str] | None = None) -> list[str]:
     found = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not found:
         raise DataError(f"{folder} has no class folders; expected <class>/*.jpg|png inside it.")
-    if canonical and sorted(_slug(c) for c in canonical) == sorted(_slug(f) for f in found):
+    if canonical and same_names(found, canonical):
         by_slug = {_slug(f): f for f in found}
         return [by_slug[_slug(c)] for c in canonical]
     return found
+
+
+def same_names(found: list[str], canonical: list[str]) -> bool:
+    """Are these the same class names, in any order and spelling of case, blanks and signs?"""
+    return sorted(map(_slug, found)) == sorted(map(_slug, canonical))
 
 
 def _slug(name: str) -> str:
@@ -119,7 +132,8 @@ def read_class_folders(folder: Path, classes: list[str], channels: int | None, s
         key.update(f"{f.parent.name}/{f.name}:{stat.st_size}:{stat.st_mtime_ns}\n".encode())
     cache = home() / "cache" / f"folders-{key.hexdigest()[:16]}.npy"
     if cache.is_file():
-        return np.load(cache, allow_pickle=False), labels
+        with suppress(OSError, ValueError, EOFError):  # a broken cache is read anew
+            return np.load(cache, allow_pickle=False), labels
     first = read_image(files[0], channels, size)
     images = np.empty((len(files), *first.shape), dtype=np.uint8)
     for i, f in enumerate(progress(files, desc=f"reading {folder.parent.name}/{folder.name}")):
@@ -140,7 +154,8 @@ def save_array(path: Path, array: np.ndarray) -> None:
             np.save(f, array, allow_pickle=False)
         os.replace(temporary, path)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------- torchvision

@@ -6,6 +6,7 @@ All attacks here run with BatchNorm in eval mode, from an explicit generator, at
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from derkit import attacks, energy
 from derkit.data import Split
-from derkit.errors import DerkitError
+from derkit.errors import DerkitError, pick
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -64,8 +65,10 @@ def pgd_attack(eps: float, steps: int = 20, **options) -> Attack:
     return lambda model, x, y, generator: attacks.pgd(model, x, y, eps, steps=steps, generator=generator, check=False, **options)
 
 
-def fgsm_attack(eps: float) -> Attack:
-    """FGSM, in the form `attack_split` takes."""
+def fgsm_attack(eps: float, norm: str = "linf") -> Attack:
+    """FGSM (for 'l2' its counterpart, one step of length eps along the gradient), in the form `attack_split` takes."""
+    if norm != "linf":
+        return pgd_attack(eps, 1, alpha=eps, random_start=False, norm=norm)
     return lambda model, x, y, generator: attacks.fgsm(model, x, y, eps, check=False)
 
 
@@ -76,13 +79,14 @@ def robust_accuracy(model: nn.Module, split: Split, eps: float, steps: int = 20,
 
 
 def strong_mask(model: nn.Module, split: Split, eps: float, steps: int = 100, restarts: int = 2, seed: int = 0,
-                batch_size: int = 512) -> Tensor:
+                batch_size: int = 512, norm: str = "linf") -> Tensor:
     """Per image: does it survive the clean prediction and every attack of the strong suite? (N,) bool.
 
     Suite: PGD-20 on CE, then ``restarts`` x ``steps`` on the margin and on CE, step size shrinking from 2 eps to 0 by a
     cosine, any iterate counting as success; every attack runs on the images still standing. PGD-20 alone overstates
     robustness near catastrophic overfitting by up to a factor of two.
     """
+    attacks.check_eps(eps, norm)
     generator = make_generator(split.images.device, "strong", seed)
     alive = predict(model, split, batch_size).argmax(1) == split.labels
     suite = [dict(steps=20), dict(steps=steps, restarts=restarts, loss="margin", decay=True, any_iterate=True),
@@ -92,7 +96,7 @@ def strong_mask(model: nn.Module, split: Split, eps: float, steps: int = 100, re
         for i in range(0, len(index), batch_size):
             part = split.take(index[i : i + batch_size])
             for x, y in float_batches(part, model, batch_size):
-                x_adv = attacks.pgd(model, x, y, eps, generator=generator, check=False, **options)
+                x_adv = attacks.pgd(model, x, y, eps, norm=norm, generator=generator, check=False, **options)
                 with torch.no_grad(), attacks.attack_mode(model, "eval"):
                     alive[index[i : i + batch_size]] = model(x_adv).argmax(1) == y
     return alive
@@ -103,13 +107,28 @@ def strong_accuracy(model: nn.Module, split: Split, eps: float, **options) -> fl
     return strong_mask(model, split, eps, **options).double().mean().item()
 
 
-def autoattack(model: nn.Module, split: Split, eps: float, norm: str = "linf", seed: int = 0, batch_size: int = 256,
-               verbose: bool = False) -> dict:
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter collects a gradient in here (parts of AutoAttack call backward())."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in learned:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in learned:
+            p.requires_grad_(True)
+
+
+def autoattack(model: nn.Module, split: Split, eps: float, norm: str = "linf", seed: int = 0, batch_size: int = 256) -> dict:
     """Standard AutoAttack (arXiv 2003.01690) through the packaged port `pyautoattack` (extra: eval).
 
-    Returns a record: accuracy (worst case per image), clean, examples, version, seed, eps, norm.
-    Raises DerkitError where the package is missing.
+    Returns a record: accuracy (worst case per image), clean, examples, seed, eps, norm, package, version.
+    Raises DerkitError where the package is missing, at eps 0, and for fewer than 4 classes (its targeted DLR needs them).
     """
+    names = {"linf": "Linf", "l2": "L2"}
+    port_norm = pick("norm", norm, names)
+    attacks.check_eps(eps, norm)
     try:
         from importlib.metadata import version
 
@@ -118,22 +137,26 @@ def autoattack(model: nn.Module, split: Split, eps: float, norm: str = "linf", s
         raise DerkitError('AutoAttack needs the package pyautoattack: pip install "derkit[eval]".') from error
     if eps == 0:
         raise DerkitError("AutoAttack needs eps > 0; at eps 0 robust accuracy is clean accuracy.")
-    device = split.images.device
+    device, clean = split.images.device, predict(model, split)
+    if clean.shape[1] < 4:
+        raise DerkitError(f"AutoAttack needs at least 4 classes, found {clean.shape[1]}; use strong_accuracy.")
     x = split.floats()
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
 
     def forward(images: Tensor) -> Tensor:  # the port works in float32
         return energy.upcast(model(images.to(dtype))).float()
 
-    with attacks.attack_mode(model, "eval"), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        adversary = AutoAttack(model=forward, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, seed=seed, version="standard",
-                               device=str(device), verbose=verbose)
-        x_adv = adversary.run_standard_evaluation(x_orig=x, y_orig=split.labels, batch_size=batch_size)
+    fork = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with attacks.attack_mode(model, "eval"), _frozen(model), fork:
+        adversary = AutoAttack(forward, norm=port_norm, eps=eps, seed=seed, version="standard", device=str(device))
+        for part in (adversary.apgd_targeted, adversary.fab):
+            part.n_target_classes = min(9, clean.shape[1] - 1)
+        x_adv, _ = adversary.run_standard_evaluation(x, split.labels, batch_size=batch_size)
         with torch.no_grad():
             robust = torch.cat([forward(b).argmax(1) for b in x_adv.split(batch_size)]) == split.labels
     return dict(attack="AutoAttack standard", accuracy=robust.double().mean().item(),
-                clean=accuracy(predict(model, split), split.labels), examples=len(split), seed=seed, eps=eps, norm=norm,
-                package=f"pyautoattack {version('pyautoattack')}")
+                clean=accuracy(clean, split.labels), examples=len(split), seed=seed, eps=eps, norm=norm,
+                package="pyautoattack", version=version("pyautoattack"))
 
 
 # ------------------------------------------------------------------------------------------------ energy statistics

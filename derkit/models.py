@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +146,17 @@ def build_model(name: str, channels: int, classes: int, size: int, mean: Sequenc
     model = nn.Sequential(Normalize(mean, std), net(channels, classes, size, **options))
     model.spec = dict(name=name, channels=channels, classes=classes, size=size, mean=mean, std=std, **options)
     return model
+
+
+def same_network(a: dict, b: dict) -> bool:
+    """Do two specs build the same network? Options left out count as their defaults; the normaliser's values do not count."""
+
+    def whole(spec: dict) -> dict:
+        parameters = signature(MODELS[spec["name"]]).parameters
+        options = {k: spec.get(k, parameters[k].default) for k in OPTIONS[spec["name"]]}
+        return options | {k: spec[k] for k in ("name", "channels", "classes", "size")}
+
+    return whole(a) == whole(b)
 
 
 def describe(spec: dict) -> str:

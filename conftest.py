@@ -1,0 +1,19 @@
+"""Settings for notebooks/ and tests/ alike: a private DERKIT_HOME, no progress bars, and what nbval leaves uncompared."""
+
+import os
+import shutil
+import tempfile
+
+os.environ["TQDM_DISABLE"] = "1"
+_HOME = tempfile.mkdtemp(prefix="derkit-pytest-")
+os.environ["DERKIT_HOME"] = _HOME  # notebook kernels inherit it: every session starts without earlier runs
+
+
+def pytest_collectstart(collector):
+    """nbval compares printed text; warnings and rich displays may differ between machines."""
+    if hasattr(collector, "skip_compare"):
+        collector.skip_compare += ("stderr", "text/html", "image/svg+xml", "application/pdf")
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(_HOME, ignore_errors=True)

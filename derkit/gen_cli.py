@@ -1,0 +1,79 @@
+"""``python -m derkit.generation``: generate from a checkpoint into a folder, and measure the result."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from derkit.cli import parse_sets
+from derkit.config import AUTO, TrainConfig
+from derkit.data_sources import home
+from derkit.errors import CheckpointError, DerkitError
+from derkit.gen_config import GenerateConfig, help_text
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m derkit.generation", description="Images from a classifier read as an "
+                                     "energy-based model.", epilog=help_text(), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint of derkit.training (final.pt, best.pt)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one field of the config; repeatable")
+    parser.add_argument("--folder", help="where the shards go; default: DERKIT_HOME/generated/<name>-<hash>")
+    parser.add_argument("--fresh", action="store_true", help="replace what the folder holds")
+    parser.add_argument("--dataset", help="default: the data that the checkpoint was trained on")
+    parser.add_argument("--data-dir", help="where to look for the data")
+    parser.add_argument("--device", default=AUTO, help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--measure", action="store_true", help="print the metrics table afterwards (needs derkit[eval])")
+    parser.add_argument("--inception", metavar="FILE", help="Inception weights for IS, FID and KID in the table")
+    return parser
+
+
+def _load(options: argparse.Namespace):
+    """(model, dataset) of the command line."""
+    from derkit.checkpoint import load_checkpoint, load_model
+    from derkit.data import load_dataset
+    from derkit.progress import progress
+    from derkit.training import choose_device
+
+    device = choose_device(options.device)
+    content = load_checkpoint(options.checkpoint)
+    try:
+        trained = TrainConfig(**content["config"])
+    except TypeError as error:
+        raise CheckpointError(f"{options.checkpoint} has no training config of this kit ({error}).") from error
+    same = options.dataset in (None, trained.dataset)
+    dataset = load_dataset(options.dataset or trained.dataset, options.data_dir or trained.data_dir or None, device,
+                           download=trained.download, train_size=trained.train_size if same else 0, valid_size=trained.valid_size,
+                           image_size=trained.image_size or None, progress=progress)
+    return load_model(options.checkpoint, classes=len(dataset.classes), device=device), dataset
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Generate, print where the images are and what they look like in numbers. Returns the exit status (2: bad input)."""
+    options = _parser().parse_args(argv)
+    try:
+        config = GenerateConfig.make(**parse_sets(options.set))
+        model, dataset = _load(options)
+        from derkit.checkpoint import state_hash
+        from derkit.generation import generate
+
+        name = f"{dataset.name}-{config.init}-{config.stop}-n{config.n}-s{config.seed}"
+        folder = options.folder or home() / "generated" / f"{name}-{config.hash(state_hash(model.state_dict()), dataset.sha256)}"
+        samples = generate(model, dataset, config=config, folder=folder, fresh=options.fresh)
+        print(f"samples: {folder}")
+        print(json.dumps({k: v for k, v in samples.record.items() if isinstance(v, int | float) and k != "seed"}, indent=1))
+        if options.measure or options.inception:
+            _measure(samples, dataset, options.inception)
+    except DerkitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _measure(samples, dataset, inception_path: str | None) -> None:
+    from derkit.extractor import extractor_for, inception
+    from derkit.metrics import metrics_table
+
+    extractor = inception(inception_path, required=True) if inception_path else extractor_for(dataset)
+    table = metrics_table({"samples": samples}, dataset, extractor)
+    print(table.overall.round(3).to_string())

@@ -1,0 +1,58 @@
+"""Results over runs: committed records by name, and tables with seeds and spread."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from derkit.diagnosis import co_onset
+from derkit.errors import DerkitError, nearest
+from derkit.records import Run, load_runs
+
+METRICS = ("clean", "fgsm", "pgd", "strong", "dE", "aae")
+
+
+def records_folder() -> Path:
+    """figures/records of the repository that this package stands in."""
+    return Path(__file__).resolve().parents[1] / "figures" / "records"
+
+
+def label(train: dict[str, Any]) -> str:
+    """'rs_fgsm + der' for a run's training config."""
+    return train["method"] if train["regularizer"] == "none" else f"{train['method']} + {train['regularizer']}"
+
+
+def load_records(name: str, root: Path | None = None) -> dict[str, list[Run]]:
+    """Committed runs of one suite, grouped by label (the manifest's, else method + regulariser), in the manifest's order.
+
+    Raises DerkitError where there is no such folder, with the nearest name.
+    """
+    root = root or records_folder()
+    if not (root / name).is_dir():
+        names = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+        raise DerkitError(f"no records {name!r} in {root}.{nearest(name, names)} There are: {', '.join(names) or 'none'}.")
+    groups: dict[str, list[Run]] = {}
+    runs = [r for r in load_runs(root / name) if r.finished]
+    for run in sorted(runs, key=lambda r: (r.config.get("order", 0), r.config["train"]["seed"])):
+        groups.setdefault(run.config.get("label") or label(run.config["train"]), []).append(run)
+    return groups
+
+
+def summary(groups: Mapping[str, Sequence[Run]], which: str = "last") -> pd.DataFrame:
+    """One row per group: number of runs, how many collapsed, mean of the test metrics ('last' or 'best' epoch) with
+    '<metric> min' and '<metric> max' over seeds, and the cost (median seconds an epoch, relative to the first group)."""
+    rows: dict[str, dict[str, Any]] = {}
+    base = None
+    for name, runs in groups.items():
+        row: dict[str, Any] = dict(runs=len(runs), collapsed=sum(co_onset(r) is not None for r in runs))
+        for metric in METRICS:
+            values = [r.final[which].get(metric, np.nan) for r in runs]
+            row |= {metric: np.mean(values), f"{metric} min": np.min(values), f"{metric} max": np.max(values)}
+        seconds = float(np.median([r.epochs["seconds"].median() for r in runs]))
+        base = base or seconds
+        rows[name] = row | dict(cost=seconds / base)
+    return pd.DataFrame.from_dict(rows, orient="index")

@@ -26,7 +26,7 @@ NORMS = ("linf", "l2")
 
 # ---------------------------------------------------------------------------------------------- checks and state
 def check_batch(x: Tensor, y: Tensor, model: nn.Module | None = None) -> None:
-    """Raise DerkitError unless x is a float batch in [0, 1] and y holds class indices of the model. Costs a host sync."""
+    """Raise DerkitError unless x is a float batch in [0, 1] and y holds classes of the model. Costs a host sync."""
     if x.ndim != 4 or not x.is_floating_point():
         raise DerkitError(f"x must be a float batch (B, C, H, W), found {x.dtype} of shape {tuple(x.shape)}.")
     if y.shape != x.shape[:1] or y.is_floating_point():
@@ -53,7 +53,7 @@ def output_size(model: nn.Module, x: Tensor) -> int:
 
 
 def check_eps(eps: float, norm: str = "linf") -> float:
-    """eps as a float, in [0, 1] for L_inf, or DerkitError. Text such as '8/255' is read by `derkit.config.parse_eps`."""
+    """eps as a float, in [0, 1] for L_inf, or DerkitError. `derkit.config.parse_eps` reads text such as '8/255'."""
     high = 1 if norm == "linf" else math.inf
     if not isinstance(eps, int | float) or isinstance(eps, bool) or not (0 <= eps <= high and math.isfinite(eps)):
         expected = "a number in [0, 1] (pixel units)" if norm == "linf" else "a finite number >= 0"

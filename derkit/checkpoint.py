@@ -56,7 +56,8 @@ def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device = 
         if "Weights only load failed" in text or "Unsupported" in text or "weights_only" in text:
             raise CheckpointError(f"{path} holds Python objects, not only tensors and plain values: not loaded.") from error
         raise CheckpointError(f"{path} is truncated or not a checkpoint ({type(error).__name__}).") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not {"spec", "variant", "state", "sha256"} <= set(content):
+    needed = {"spec", "variant", "state", "sha256"}
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not needed <= set(content):
         raise CheckpointError(f"{path} is not a derkit checkpoint (format {FORMAT!r}).")
     if state_hash(content["state"]) != content["sha256"]:
         raise CheckpointError(f"{path}: the weights do not match the recorded sha256.")

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         from derkit.training import train
 
         run = train(config, folder=options.folder, resume=not options.fresh)
-    except DerkitError as error:
+    except (DerkitError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"run folder: {run.folder}")

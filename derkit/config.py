@@ -93,6 +93,7 @@ class TrainConfig:
     model: str = _opt("small_cnn", "small_cnn, preact_resnet18 or wide_resnet", paper="preact_resnet18",
                       choices=("small_cnn", "preact_resnet18", "wide_resnet", "custom"))
     width: int = _opt(0, "channels of the first block (wide_resnet: widening factor); 0 = 16, 64 or 10", low=0)
+    batch_norm: bool = _opt(True, "small_cnn: BatchNorm after every convolution")
     depth: int = _opt(28, "wide_resnet: 6n + 4", paper="28 or 34", low=10)
     shortcut: str = _opt("bn", "preact_resnet18: shortcut from x or from BN-ReLU(x)", paper="bn (Rice), x (Wong)", choices=("x", "bn"))
     final_bn: bool = _opt(True, "preact_resnet18: BN-ReLU before the head", paper="True (Rice, Wong), False (GradAlign)")
@@ -102,7 +103,7 @@ class TrainConfig:
     eps: float = _opt(0.2, "radius in pixel units, e.g. 8/255", paper="8/255", eps=True)
     alpha: str | float = _opt(AUTO, "attack step; auto: 1.25 eps (rs_fgsm), eps (n_fgsm), eps/4 (others)", paper="2/255 (PGD-10)", auto="eps")
     steps: int = _opt(10, "attack steps of pgd, trades and weat", paper="10", low=1)
-    norm: str = _opt("linf", "ball of the pgd attack in training", choices=("linf", "l2"))
+    norm: str = _opt("linf", "ball of the attack of pgd, trades and weat, and of the evaluation", choices=("linf", "l2"))
     attack_bn: str = _opt(AUTO, "BatchNorm during the training attack; auto: eval for trades and weat, else train", choices=("train", "eval", AUTO))
     beta: float = _opt(6.0, "weight of the KL term of trades and weat", paper="6", low=0)
     # regulariser
@@ -152,6 +153,8 @@ class TrainConfig:
             raise DerkitError("gradalign needs double backward, which torch.compile does not support: set compile=false.")
         if self.regularizer == "gradalign" and self.precision in ("bf16", "fp16"):
             raise DerkitError("gradalign is trained in fp32 or fp64: its input gradients are too small for half precision.")
+        if self.norm != "linf" and self.method not in ("pgd", "trades", "weat"):
+            raise DerkitError(f"norm {self.norm!r} is for the methods pgd, trades and weat, found {self.method!r}.")
         if self.method == "standard" and self.regularizer != "none":
             raise DerkitError(f"regularizer {self.regularizer!r} needs adversarial examples; method 'standard' makes none.")
 

@@ -155,7 +155,8 @@ def _full(name: str, data_dir, download: bool, image_size: int | None, progress)
                 canonical = spec.classes if isinstance(spec.classes, list) else None
                 names = sources.class_names(folder / "train", canonical)
                 expected = len(spec.classes) if canonical else spec.classes
-                if folder == root and not data_dir and (len(names) != expected or canonical and not sources.same_names(names, canonical)):
+                wrong = len(names) != expected or (canonical and not sources.same_names(names, canonical))
+                if wrong and folder == root and not data_dir:
                     continue  # class folders of something else
                 if len(names) != expected:
                     raise DataError(f"{folder / 'train'} has {len(names)} class folders, {name} has {expected} classes.")
@@ -184,8 +185,8 @@ def _full(name: str, data_dir, download: bool, image_size: int | None, progress)
     try:
         parts = {s: sources.read_torchvision(name, root, s == "train", True) for s in ("train", "test")}
     except (OSError, RuntimeError) as error:
-        raise DataError(f"{name} could not be downloaded ({error}). Looked in: {', '.join(looked)}. Without a network, put "
-                        f"class folders {name}/train/<class>/*.jpg|png and {name}/test/ there, or pass data_dir.") from error
+        raise DataError(f"{name} could not be downloaded ({error}). Looked in: {', '.join(looked)}. Without a network, "
+                        f"put class folders {name}/train/<class>/*.jpg|png and {name}/test/ there.") from error
     return parts, "torchvision, downloaded", None
 
 
@@ -241,7 +242,7 @@ def load_dataset(name: str = "fashion_mini", data_dir: str | os.PathLike | None 
         if image_size not in (None, 0, spec.size):
             raise DerkitError(f"image_size is for 'imagefolder:<path>'; {name} has {spec.size}x{spec.size} images.")
         if data_dir and not Path(data_dir).expanduser().is_dir():
-            raise DataError(f"data_dir {data_dir} does not exist. Create it first if {name} is to be downloaded into it.")
+            raise DataError(f"data_dir {data_dir} does not exist. To download {name} into it, create it first.")
         if name == "fashion_mini":
             (parts, source), names = _mini(), None
         else:

@@ -120,11 +120,12 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def autoattack(model: nn.Module, split: Split, eps: float, norm: str = "linf", seed: int = 0, batch_size: int = 256) -> dict:
+def autoattack(model: nn.Module, split: Split, eps: float, norm: str = "linf", seed: int = 0,
+               batch_size: int = 256) -> dict:
     """Standard AutoAttack (arXiv 2003.01690) through the packaged port `pyautoattack` (extra: eval).
 
     Returns a record: accuracy (worst case per image), clean, examples, seed, eps, norm, package, version.
-    Raises DerkitError where the package is missing, at eps 0, and for fewer than 4 classes (its targeted DLR needs them).
+    Raises DerkitError where the package is missing, at eps 0, and below 4 classes (its targeted DLR needs them).
     """
     names = {"linf": "Linf", "l2": "L2"}
     port_norm = pick("norm", norm, names)

@@ -26,7 +26,7 @@ from derkit.errors import CheckpointError, DerkitError
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_PREFIX = "6726825d"  # of the file's sha256
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
-FASHION_SHA256 = "d450b6c7a1894731e634a3b510482f0c09ed00cd6619b0dfb8206d7a3e505dd4"
+FASHION_SHA256 = "c1fedbe10dd6788e4476b444204431aa5d4e0dbdd235225a207dfc6310e840f6"
 BUNDLED = {  # data set -> file in derkit/assets, sha256 of its weights
     "fashion_mini": ("extractor_fashion.pt", FASHION_SHA256),
     "fashion_mnist": ("extractor_fashion.pt", FASHION_SHA256),
@@ -46,11 +46,12 @@ class _Block(nn.Module):
 
 
 class ExtractorNet(nn.Module):
-    """A strided residual net with GroupNorm and GELU: float images (B, C, H, W) in [0, 1] -> (features (B, 72), logits).
+    """A strided residual net with GroupNorm and GELU: float images (B, C, H, W) in [0, 1] -> (features (B, 72),
+    logits).
 
-    Features: channel means of an early layer (24, they see noise and blur) and of the last one (48, they see what it is), each
-    group times one constant that gives it a mean variance of 1 on the training images. The last layer alone hardly tells
-    noise from a shirt.
+    Features: channel means of an early layer (24, they see noise and blur) and of the last one (48, they see what it
+    is), each group times one constant that gives it a mean variance of 1 on the training images. The last layer alone
+    hardly tells noise from a shirt.
     """
 
     def __init__(self, channels: int, classes: int, width: int = 24) -> None:
@@ -77,8 +78,8 @@ class ExtractorNet(nn.Module):
 
 @dataclass(frozen=True)
 class Extractor:
-    """An extractor known to torch-fidelity under ``name``. ``letter``: 'I' for Inception's metrics (IS, FID, KID), 'C' for
-    those of a separately trained classifier (CIS, CFD, CKD). ``info``: what a record should say about it."""
+    """An extractor known to torch-fidelity under ``name``. ``letter``: 'I' for Inception's metrics (IS, FID, KID),
+    'C' for those of a separately trained classifier (CIS, CFD, CKD). ``info``: what a record should say about it."""
 
     name: str
     letter: str
@@ -159,7 +160,8 @@ def register(net: ExtractorNet, sha256: str) -> str:
 
 
 def load_extractor(path: str | os.PathLike, sha256: str | None = None) -> Extractor:
-    """The small extractor of a file, registered. Raises CheckpointError for a file that is damaged or has other weights."""
+    """The small extractor of a file, registered. Raises CheckpointError for a file that is damaged or has other
+    weights."""
     content = load_checkpoint(path)
     spec = dict(content["spec"])
     if spec.pop("name", None) != "extractor":

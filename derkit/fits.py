@@ -1,4 +1,5 @@
-"""What the starts need to know of the training images: class PCA and neighbours inside a class, cached by the data's hash."""
+"""What the starts need to know of the training images: class PCA and neighbours inside a class, cached by the data's
+hash."""
 
 from __future__ import annotations
 
@@ -22,8 +23,9 @@ from derkit.records import atomic_write
 
 @dataclass(frozen=True)
 class ClassPCA:
-    """PCA of one class: ``mean`` (D,), ``directions`` (R, D) orthonormal rows, ``std`` (R,) standard deviations along them
-    (singular value / sqrt(n_c - 1), so that they do not depend on the number of images), ``share`` (R,) of the variance."""
+    """PCA of one class: ``mean`` (D,), ``directions`` (R, D) orthonormal rows, ``std`` (R,) standard deviations along
+    them (singular value / sqrt(n_c - 1), so that they do not depend on the number of images), ``share`` (R,) of the
+    variance."""
 
     mean: Tensor
     directions: Tensor
@@ -39,8 +41,8 @@ class ClassPCA:
 def class_pca(x: Tensor, retained: float = 1.0, at_least: int = 1) -> ClassPCA:
     """PCA of images x (n, D) in float64 through the smaller of the two Gram matrices.
 
-    Keeps the components that reach ``retained`` of the variance, and not fewer than ``at_least``. Signs are fixed (largest
-    coordinate positive), so that another LAPACK gives the same directions.
+    Keeps the components that reach ``retained`` of the variance, and not fewer than ``at_least``. Signs are fixed
+    (largest coordinate positive), so that another LAPACK gives the same directions.
     """
     x = x.double()
     n, d = x.shape
@@ -90,7 +92,8 @@ class Pool:
 
 # -------------------------------------------------------------------------------------------------------- caching
 def cached(kind: str, key: Sequence[Any], make: Callable[[], dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
-    """Tensors from DERKIT_HOME/cache, or made and kept there. A damaged file is made anew, an unwritable cache is skipped."""
+    """Tensors from DERKIT_HOME/cache, or made and kept there. A damaged file is made anew, an unwritable cache is
+    skipped."""
     name = hashlib.sha256(repr(tuple(key)).encode()).hexdigest()[:16]
     path = home() / "cache" / f"{kind}-{name}.pt"
     try:
@@ -118,9 +121,11 @@ def class_rows(dataset: Dataset, classes: Sequence[int], least: int, why: str) -
 
 def fit_pool(dataset: Dataset, classes: Sequence[int], *, pca: float | None = None, k: int = 0, rank: int = 128,
              dtype: torch.dtype = torch.float32) -> Pool:
-    """Class PCA to a share ``pca`` of the variance, and/or k neighbours in ``rank`` class-PCA coordinates, of the training split.
+    """Class PCA to a share ``pca`` of the variance, and/or k neighbours in ``rank`` class-PCA coordinates, of the
+    training split.
 
-    Both are cached under DERKIT_HOME/cache, keyed by the data's sha256. Raises DerkitError where k is larger than a class.
+    Both are cached under DERKIT_HOME/cache, keyed by the data's sha256. Raises DerkitError where k is larger than a
+    class.
     """
     least = k + 1 if k else 2
     rows = class_rows(dataset, classes, least, f"k={k} neighbours beside the anchor need {least} images" if k else "an init needs 2 images")

@@ -49,7 +49,8 @@ def _load(options: argparse.Namespace):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Generate, print where the images are and what they look like in numbers. Returns the exit status (2: bad input)."""
+    """Generate, print where the images are and what they look like in numbers. Returns the exit status (2: bad
+    input)."""
     options = _parser().parse_args(argv)
     try:
         config = GenerateConfig.make(**parse_sets(options.set))

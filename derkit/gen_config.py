@@ -45,9 +45,9 @@ class GenerateConfig:
     steps: int = _opt(50, "most steps of a chain (stop=fixed: the number of steps)", paper="20 to 500", low=0)
     # stop
     stop: str = _opt("quantile", "when a chain ends", paper="fixed or mean_band", choices=STOP_NAMES)
-    low: float = _opt(0.25, "quantile: lowest quantile of the class's real energies that a chain may aim at", low=0)
-    high: float = _opt(0.75, "quantile: highest one", low=0)
-    band: float = _opt(0.1, "mean_band: half-width in standard deviations of the class's real energies", paper="not stated", low=0)
+    low: float = _opt(0.0, "quantile: lowest quantile of the class's real energies that a chain may aim at", low=0)
+    high: float = _opt(0.5, "quantile: highest one", low=0)
+    band: float = _opt(0.5, "mean_band: half-width in standard deviations of the class's real energies", paper="not stated", low=0)
     min_steps: int = _opt(0, "steps before a chain may stop", low=0)
     p_min: float = _opt(0.0, "p(y|x) below which a chain may not stop", low=0)
     reference: str = _opt("train", "split whose correctly classified images give the real energies", choices=("train", "valid"))

@@ -1,4 +1,5 @@
-"""Images from a classifier read as an energy-based model: 16 of them in memory, or 50,000 into a folder that survives a kill.
+"""Images from a classifier read as an energy-based model: 16 of them in memory, or 50,000 into a folder that survives
+a kill.
 
     python -m derkit.generation --checkpoint FILE --set n=5000 --set init=local_pca
     python -m derkit.generation --help
@@ -84,8 +85,8 @@ class Job:
     def between(self, first: int, second: int, points: int = 9, **options: Any) -> Chains:
         """Interpolation of two local-PCA starts of one class, each point then sampled towards the same target.
 
-        x0(t) = (1 - t) m_1 + t m_2 + tau (cos(a) d_1 + sin(a) d_2), a = t pi/2: between two draws of local Gaussians the
-        spread stays what it is in them. Raises DerkitError for another init, or samples of two classes.
+        x0(t) = (1 - t) m_1 + t m_2 + tau (cos(a) d_1 + sin(a) d_2), a = t pi/2: between two draws of local Gaussians
+        the spread stays what it is in them. Raises DerkitError for another init, or samples of two classes.
         """
         draw = self.draw(torch.tensor([first, second]))
         if self.config.init != "local_pca" or draw.labels[0] != draw.labels[1]:
@@ -115,9 +116,9 @@ def _reproducible() -> Iterator[None]:
 def prepare(model: nn.Module, dataset: Dataset, config: GenerateConfig | None = None, **overrides: Any) -> Job:
     """Check everything and fit the init; the work itself starts with `Job.run` or `generate`.
 
-    model: any classifier of images in [0, 1], on the data's device; it is not changed. Raises DerkitError: unknown init or
-    stop, k larger than a class, a class with no correctly classified image where energies are needed, a model that does not
-    fit the data.
+    model: any classifier of images in [0, 1], on the data's device; it is not changed. Raises DerkitError: unknown
+    init or stop, k larger than a class, a class with no correctly classified image where energies are needed, a model
+    that does not fit the data.
     """
     config = (config or GenerateConfig()).change(**overrides)
     kind = pick("init", config.init, INITS)
@@ -161,9 +162,10 @@ def generate(model: nn.Module, dataset: Dataset, n: int | None = None, *, config
              folder: str | Path | None = None, fresh: bool = False, verbose: bool = True, **overrides: Any) -> Samples:
     """Generate n images (fields of `GenerateConfig` as keywords: init='pca', stop='fixed', seed=3, ...).
 
-    folder: write shards of ``shard_size`` images there; what is already there is kept, so that the same call after a kill goes
-    on and ends with the same bytes. Without it everything stays in memory. fresh: delete the folder's samples first.
-    Raises DerkitError before any work on bad input, on a folder of another config, and when the disk is full.
+    folder: write shards of ``shard_size`` images there; what is already there is kept, so that the same call after a
+    kill goes on and ends with the same bytes. Without it everything stays in memory. fresh: delete the folder's
+    samples first. Raises DerkitError before any work on bad input, on a folder of another config, and when the disk
+    is full.
     """
     job = prepare(model, dataset, config, **overrides | ({} if n is None else {"n": n}))
     if folder is None:

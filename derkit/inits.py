@@ -23,7 +23,8 @@ PUBLISHED_SCALE = 0.005 * math.sqrt(4999)  # 0.354 class standard deviations, se
 
 @dataclass(frozen=True)
 class Draw:
-    """Which samples: global ``index`` (B,), ``labels`` (B,), ``ranks`` (B,) = place of the sample inside its class, seed.
+    """Which samples: global ``index`` (B,), ``labels`` (B,), ``ranks`` (B,) = place of the sample inside its class,
+    seed.
 
     ``candidate``: 0, or the number of another start for the same sample (``best_of``).
     """
@@ -112,10 +113,12 @@ def _class_pca(draw: Draw, pool: Pool, scale: float, retained: float, exclude_la
 
 @init("pca_published", needs="pca")
 def pca_published(draw: Draw, pool: Pool, config: GenerateConfig) -> Tensor:
-    """Class PCA of the ECCV'24 code: mu_c + sum_i s_i a_i U_i, a_i ~ N(0, 0.005^2), s_i singular values (arXiv 2407.06315).
+    """Class PCA of the ECCV'24 code: mu_c + sum_i s_i a_i U_i, a_i ~ N(0, 0.005^2), s_i singular values (arXiv
+    2407.06315).
 
-    As s_i = sqrt(n_c - 1) std_i, that is 0.005 sqrt(4999) = 0.354 class standard deviations on CIFAR-10, and would be another
-    spread at every other class size. This kit keeps 0.354 for all. The component that reaches ``retained`` is left out, as there.
+    As s_i = sqrt(n_c - 1) std_i, that is 0.005 sqrt(4999) = 0.354 class standard deviations on CIFAR-10, and would be
+    another spread at every other class size. This kit keeps 0.354 for all. The component that reaches ``retained`` is
+    left out, as there.
     """
     return _class_pca(draw, pool, PUBLISHED_SCALE, config.kept, exclude_last=True)
 
@@ -152,8 +155,8 @@ def local_parts(draw: Draw, pool: Pool, config: GenerateConfig) -> tuple[Tensor,
 def _project(near: Tensor, g: Tensor, retained: float) -> Tensor:
     """Coefficients g (B, k) restricted to the principal directions of each neighbourhood that reach ``retained``.
 
-    With N N^T = V diag(l) V^T, the draw sum_j g_j N_j has independent parts along the rows of V^T: dropping small ones is a
-    projection of g.
+    With N N^T = V diag(l) V^T, the draw sum_j g_j N_j has independent parts along the rows of V^T: dropping small
+    ones is a projection of g.
     """
     values, vectors = torch.linalg.eigh(near @ near.transpose(1, 2))
     share = values.flip(1).clamp_min(0)
@@ -179,7 +182,8 @@ def local_pca(draw: Draw, pool: Pool, config: GenerateConfig) -> Tensor:
 
 @init("noisy_images")
 def noisy_images(draw: Draw, pool: Pool, config: GenerateConfig) -> Tensor:
-    """A training image of the class plus N(0, image_noise^2) per pixel. The ECCV'24 code used test images: ours never do."""
+    """A training image of the class plus N(0, image_noise^2) per pixel. The ECCV'24 code used test images: ours never
+    do."""
     index = torch.empty_like(draw.labels)
     anchors = draw.anchors(pool)
     for c, mine in draw.by_class():

@@ -1,8 +1,8 @@
 """Random numbers keyed by the sample: a function of (seed, global index of the sample, purpose, step), not of a stream.
 
 So a sample is the same whatever the batch that it is computed in and whenever it finishes. The generator is
-Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in integer tensor operations: whole
-batches at once, on every device, the same bits everywhere.
+Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in integer tensor operations:
+whole batches at once, on every device, the same bits everywhere.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """Metrics of generated images, all through torch-fidelity, and the table that they must not be shown without.
 
-With Inception weights: IS, FID, KID. Offline: the same formulas on a small separately trained extractor, called CIS, CFD
-("classifier Frechet distance") and CKD, because they are not comparable with any published FID. No sample is selected.
+With Inception weights: IS, FID, KID. Offline: the same formulas on a small separately trained extractor, called CIS,
+CFD ("classifier Frechet distance") and CKD, because they are not comparable with any published FID. No sample is
+selected.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,7 +42,8 @@ class _Images(torch.utils.data.Dataset):
 
 
 def protocol(n: int, n_reference: int) -> dict[str, int]:
-    """Sizes that enter the formulas: IS splits (10 from 5,000 images on, else 1), KID subsets and their size, k of precision/recall."""
+    """Sizes that enter the formulas: IS splits (10 from 5,000 images on, else 1), KID subsets and their size, k of
+    precision/recall."""
     size = min(1000, n, n_reference)
     return dict(isc_splits=10 if n >= 5000 else 1, kid_subsets=100 if size == 1000 else 20, kid_subset_size=size,
                 prc_neighborhood=min(3, n - 1, n_reference - 1))
@@ -48,8 +51,9 @@ def protocol(n: int, n_reference: int) -> dict[str, int]:
 
 def fidelity(images: Tensor, real: Tensor, extractor: Extractor, *, only: str = "all", cuda: bool | None = None,
              batch_size: int = 250) -> dict[str, float]:
-    """Distances of uint8 images (n, C, H, W) from real ones, under the extractor's names: CIS, CFD, CKD (or IS, FID, KID),
-    precision (share of images inside the real manifold) and recall (the reverse; diversity), k = 3 (arXiv 1904.06991).
+    """Distances of uint8 images (n, C, H, W) from real ones, under the extractor's names: CIS, CFD, CKD (or IS, FID,
+    KID), precision (share of images inside the real manifold) and recall (the reverse; diversity), k = 3 (arXiv
+    1904.06991).
 
     only: 'all', or 'kernel' for the kernel distance alone (unbiased, so usable on few images of one class).
     Raises DerkitError on fewer than 2 images, or other shapes or types.
@@ -82,7 +86,8 @@ def nearest(images: Tensor, train: Tensor, chunk: int = 500) -> tuple[Tensor, Te
 
 
 def pairwise(images: Tensor, labels: Tensor, most: int = 1000) -> dict[int, float]:
-    """Mean L2 distance of two images of the same class, class -> distance ([0, 1] pixels; the first ``most`` of a class)."""
+    """Mean L2 distance of two images of the same class, class -> distance ([0, 1] pixels; the first ``most`` of a
+    class)."""
     out = {}
     for c in labels.unique().tolist():
         x = to_float(images[labels == c][:most].flatten(1))
@@ -98,7 +103,8 @@ def near_copies(distance: Tensor, real: Tensor, share: float = 0.01) -> float:
 # ------------------------------------------------------------------------------------------------------- the table
 @dataclass(frozen=True)
 class MetricsTable:
-    """``overall``: a row per set of images. ``per_class``: rows (set, class). ``protocol``: what a record must hold beside them."""
+    """``overall``: a row per set of images. ``per_class``: rows (set, class). ``protocol``: what a record must hold
+    beside them."""
 
     overall: pd.DataFrame
     per_class: pd.DataFrame
@@ -142,17 +148,16 @@ def _measure(images: Tensor, labels: Tensor, real: Split, extractor: Extractor, 
 def metrics_table(samples: Mapping[str, Samples], dataset: Dataset, extractor: Extractor, reference: str = "test") -> MetricsTable:
     """All metrics of one or more sets of samples, with the rows that make them readable:
 
-    - floor: real images that are not in the reference (train for 'test', test otherwise), as many as there are samples; its
-      nearest-train distance is that of real test images;
+    - floor: real images that are not in the reference (train for 'test', test otherwise), as many as there are
+      samples; its nearest-train distance is that of real test images;
     - ceiling: uniform noise;
     - for every set, its starts alone ('NAME: x0 only') before the result, with 0 steps.
 
-    Columns: n; CIS, CFD, CKD (Inception: IS, FID, KID); precision, recall; agreement (share of images that the extractor
-    assigns to their class); pairwise L2 inside classes; nearest-train L2; near copies (share nearer to a training image than
-    99 % of real test images); saturated pixels; steps; s / 1000 images. Energies and class labels of the generating
-    classifier enter nowhere.
-    reference: 'test' or 'train', the real images of every row. Raises DerkitError for sets of different sizes or data, and
-    where the extractor is the generating classifier.
+    Columns: n; CIS, CFD, CKD (Inception: IS, FID, KID); precision, recall; agreement (share of images that the
+    extractor assigns to their class); pairwise L2 inside classes; nearest-train L2; near copies (share nearer to a
+    training image than 99 % of real test images); saturated pixels; steps; s / 1000 images. Energies and class labels
+    of the generating classifier enter nowhere. reference: 'test' or 'train', the real images of every row. Raises
+    DerkitError for sets of different sizes or data, and where the extractor is the generating classifier.
     """
     if not samples:
         raise DerkitError("metrics_table needs at least one set of samples.")
@@ -178,11 +183,14 @@ def metrics_table(samples: Mapping[str, Samples], dataset: Dataset, extractor: E
     for name, s in samples.items():
         sets[f"{name}: x0 only"] = (s.x0, s.labels, dict(steps=0.0))
         sets[name] = (s.images, s.labels, {"steps": s.steps.double().mean().item(), "s / 1000": s.record.get("seconds_per_1000")})
-    overall, per_class = [], []
+    overall, per_class, known = [], [], {}
     for name, (images, labels, more) in progress(sets.items(), desc="metrics"):
-        distances = nearest(images, train)[0]
-        of = (distances, labels) if name != FLOOR else (test_distance, cpu["test"].labels)  # floor: that of unseen real images
-        row, rows = _measure(images, labels, real, extractor, dataset.classes, of, test_distance)
+        key = hashlib.sha256(images.contiguous().numpy()).digest()  # runs that differ in the stop share their starts
+        if key not in known:
+            real_images = name == FLOOR  # whose nearest-train distance is that of unseen images
+            near = (test_distance, cpu["test"].labels) if real_images else (nearest(images, train)[0], labels)
+            known[key] = _measure(images, labels, real, extractor, dataset.classes, near, test_distance)
+        row, rows = known[key]
         overall.append({"images": name} | row | {"steps": float("nan"), "s / 1000": float("nan")} | more)
         per_class += [{"images": name} | r for r in rows]
     info = dict(reference=reference, n_reference=len(real), n=len(first), classes=[dataset.classes[c] for c in classes],

@@ -3,8 +3,9 @@
     E_w(x, y) = E(x) + w (-log p(y|x))          w = 0: E(x);  w = 1: E(x, y)
     v <- zeta v + step(grad E_w),   x <- clip(x + v + s xi, 0, 1)
 
-Classes may be mixed. A chain that has stopped leaves the batch and stays as it was (its stop is latched). Noise is keyed by
-the sample's global index, so that a result depends neither on the batch size nor on the order in which chains finish.
+Classes may be mixed. A chain that has stopped leaves the batch and stays as it was (its stop is latched). Noise is
+keyed by the sample's global index, so that a result depends neither on the batch size nor on the order in which
+chains finish.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ RULES: dict[str, Callable[[Tensor, float], Tensor]] = {"normalised": normalised,
 # ---------------------------------------------------------------------------------------------------------- stops
 @dataclass(frozen=True)
 class Check:
-    """What a stop rule may look at, (B,) each: the energies now, and the chain's target, class mean and class deviation."""
+    """What a stop rule may look at, (B,) each: the energies now, and the chain's target, class mean and class
+    deviation."""
 
     joint: Tensor
     target: Tensor
@@ -52,8 +54,8 @@ def fixed(check: Check, config: GenerateConfig) -> Tensor:
 
 
 def mean_band(check: Check, config: GenerateConfig) -> Tensor:
-    """(E(x, y) - mean of the class)^2 small: the two-sided band of the ECCV'24 code, whose width is nowhere stated; ours is
-    ``band`` class standard deviations. A chain that steps over the band never stops."""
+    """(E(x, y) - mean of the class)^2 small: the two-sided band of the ECCV'24 code, whose width is nowhere stated;
+    ours is ``band`` class standard deviations. A chain that steps over the band never stops."""
     return (check.joint - check.mean).abs() < config.band * check.std
 
 
@@ -82,10 +84,10 @@ def readings(logits: Tensor, labels: Tensor) -> Tensor:
 class Chains:
     """What became of a batch of chains: images (B, C, H, W) in [0, 1], everything else (B,) unless said.
 
-    ``steps``: steps taken; ``reached``: the stop rule holds at the end; ``joint``, ``marginal``, ``prob``: E(x, y), E(x),
-    p(y|x) of ``x``, and with 0 of ``x0``; ``target``: e* (NaN without real energies).
-    ``trace`` (steps + 1, 3, B): the readings of every chain at every step, NaN once it has stopped.
-    ``frames`` (F, B, C, H, W): images at ``frame_steps``.
+    ``steps``: steps taken; ``reached``: the stop rule holds at the end; ``joint``, ``marginal``, ``prob``: E(x, y),
+    E(x), p(y|x) of ``x``, and with 0 of ``x0``; ``target``: e* (NaN without real energies). ``trace`` (steps + 1, 3,
+    B): the readings of every chain at every step, NaN once it has stopped. ``frames`` (F, B, C, H, W): images at
+    ``frame_steps``.
     """
 
     x: Tensor
@@ -115,10 +117,11 @@ def sample(model: nn.Module, x0: Tensor, labels: Tensor, index: Tensor, config: 
            target: Tensor | None = None) -> Chains:
     """Run one batch of chains from x0 (B, C, H, W) in [0, 1]; ``index`` (B,) are the samples' global numbers.
 
-    ``reference``: real energies (`reference_energies`), needed by the stops 'mean_band' and 'quantile'. ``target``: e*, if not
-    drawn from ``reference``. The model runs in eval mode and keeps its parameters, gradients and mode; energies are float32
-    or wider. The check of a step uses the forward pass that its gradient needs. Batches shrink as chains finish: to any size
-    on a CPU, to eighths of the full size elsewhere (few shapes; finished chains fill up).
+    ``reference``: real energies (`reference_energies`), needed by the stops 'mean_band' and 'quantile'. ``target``:
+    e*, if not drawn from ``reference``. The model runs in eval mode and keeps its parameters, gradients and mode;
+    energies are float32 or wider. The check of a step uses the forward pass that its gradient needs. Batches shrink
+    as chains finish: to any size on a CPU, to eighths of the full size elsewhere (few shapes; finished chains fill
+    up).
     """
     limits = _limits(reference, index, labels, config) | ({} if target is None else {"target": target.double()})
     rule, stop = RULES[config.rule], STOPS[config.stop]
@@ -185,7 +188,8 @@ def _frame(x: Tensor, rows: Tensor, now: Tensor) -> Tensor:
 
 
 def _compact(multiple: int, done: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-    """Drop finished chains, down to the next multiple of ``multiple``; finished ones that stay only fill up the batch."""
+    """Drop finished chains, down to the next multiple of ``multiple``; finished ones that stay only fill up the
+    batch."""
     size = -(-int((~done).sum()) // multiple) * multiple
     if size >= len(done):
         return state

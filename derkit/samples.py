@@ -1,7 +1,7 @@
 """Generated images with everything known about them, and the folder that a long generation is written to.
 
-A folder holds manifest.json (written first: what is being made), part_00000.npz, part_00001.npz, ... (each written whole or
-not at all), timing.jsonl and summary.json (written last: the mark of a finished folder).
+A folder holds manifest.json (written first: what is being made), part_00000.npz, part_00001.npz, ... (each written
+whole or not at all), timing.jsonl and summary.json (written last: the mark of a finished folder).
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ FLOATS = ("joint", "marginal", "prob", "joint0", "marginal0", "prob0", "target")
 
 @dataclass
 class Samples:
-    """Generated images. ``images``, ``x0`` (n, C, H, W) uint8 (rounded, as real ones are stored); ``labels``, ``index``,
-    ``steps`` (n,) int64; ``reached`` (n,) bool; energies E(x, y), E(x), p(y|x) of results and starts (n,) float64: ``joint``,
-    ``marginal``, ``prob``, ``joint0``, ``marginal0``, ``prob0``; ``target`` (n,): e*. ``record``: how they were made."""
+    """Generated images. ``images``, ``x0`` (n, C, H, W) uint8 (rounded, as real ones are stored); ``labels``,
+    ``index``, ``steps`` (n,) int64; ``reached`` (n,) bool; energies E(x, y), E(x), p(y|x) of results and starts (n,)
+    float64: ``joint``, ``marginal``, ``prob``, ``joint0``, ``marginal0``, ``prob0``; ``target`` (n,): e*. ``record``:
+    how they were made."""
 
     images: Tensor
     x0: Tensor
@@ -59,7 +60,8 @@ class Samples:
         return Split(self.images, self.labels)
 
     def statistics(self) -> dict[str, float]:
-        """Steps used, share of chains that never moved, that reached their stop, that the classifier calls y; saturated pixels."""
+        """Steps used, share of chains that never moved, that reached their stop, that the classifier calls y;
+        saturated pixels."""
         return dict(n=len(self), steps=self.steps.double().mean().item(), stopped_at_0=(self.steps == 0).double().mean().item(),
                     reached=self.reached.double().mean().item(), prob=self.prob.mean().item(),
                     saturated=saturated(self.images), saturated_x0=saturated(self.x0))
@@ -101,7 +103,8 @@ def shard_path(folder: Path, i: int) -> Path:
 
 
 def write_shard(path: Path, samples: Samples) -> None:
-    """One shard, atomically and always with the same bytes for the same samples. Raises DerkitError when the disk is full."""
+    """One shard, atomically and always with the same bytes for the same samples. Raises DerkitError when the disk is
+    full."""
     buffer = io.BytesIO()
     np.savez(buffer, **{k: getattr(samples, k).numpy() for k in ARRAYS})
     with disk_errors(path):
@@ -139,7 +142,8 @@ def file_sha256(path: Path) -> str:
 
 
 def load_samples(folder: str | Path) -> Samples:
-    """The samples of a finished folder. Raises DerkitError for one that is not a folder of samples, unfinished or damaged."""
+    """The samples of a finished folder. Raises DerkitError for one that is not a folder of samples, unfinished or
+    damaged."""
     folder = Path(folder)
     if not (folder / "manifest.json").is_file():
         raise DerkitError(f"{folder} is not a folder of samples (no manifest.json).")

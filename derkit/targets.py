@@ -21,8 +21,9 @@ from derkit.fits import cached
 
 @dataclass(frozen=True)
 class Reference:
-    """Energies of the correctly classified images of a split. ``joint`` (M,): E(x, y), sorted inside each class and laid
-    end to end; class c is ``joint[start[c]:start[c + 1]]``. ``marginal`` (M,): E(x) likewise. ``total`` (K,): all images."""
+    """Energies of the correctly classified images of a split. ``joint`` (M,): E(x, y), sorted inside each class and
+    laid end to end; class c is ``joint[start[c]:start[c + 1]]``. ``marginal`` (M,): E(x) likewise. ``total`` (K,):
+    all images."""
 
     joint: Tensor
     marginal: Tensor
@@ -64,7 +65,8 @@ class Reference:
 
 
 def reference_energies(model: nn.Module, dataset: Dataset, split: str = "train", model_sha256: str | None = None) -> Reference:
-    """`Reference` of a model on a split, cached under the hashes of both. One forward pass over the split, in eval mode.
+    """`Reference` of a model on a split, cached under the hashes of both. One forward pass over the split, in eval
+    mode.
 
     Raises DerkitError where the model's logits are not finite or not one per class.
     """
@@ -96,7 +98,8 @@ def _by_class(logits: Tensor, labels: Tensor, classes: int) -> dict[str, Tensor]
 
 
 def energy_targets(reference: Reference, index: Tensor, labels: Tensor, seed: int, low: float, high: float) -> Tensor:
-    """e* = q_c(u), u ~ U(low, high) keyed by the sample, (B,) float64: each chain aims at the energy of some real image of its
-    class, so that the energies of samples spread as those of the data do (our reading of "adaptive stopping")."""
+    """e* = q_c(u), u ~ U(low, high) keyed by the sample, (B,) float64: each chain aims at the energy of some real
+    image of its class, so that the energies of samples spread as those of the data do (our reading of "adaptive
+    stopping")."""
     u = keyed.uniform(index, 1, seed, "target", dtype=torch.float64).squeeze(1)
     return reference.quantile(labels, low + (high - low) * u)

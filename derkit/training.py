@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import math
 import time
 from contextlib import nullcontext
@@ -20,12 +22,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from derkit import alarms, attacks, energy, evaluation, losses, regularizers
 from derkit.checkpoint import load_checkpoint, save_checkpoint
 from derkit.config import AUTO, TrainConfig
-from derkit.data import Dataset, load_dataset
+from derkit.data import Dataset, Split, load_dataset
 from derkit.errors import DerkitError, pick
 from derkit.evaluation import make_generator
 from derkit.models import build_model
 from derkit.progress import progress
-from derkit.records import Run, append_line, environment, keep_epochs, runs_folder, write_json
+from derkit.records import Run, append_line, environment, keep_epochs, read_lines, runs_folder, write_json
 from derkit.schedules import SCHEDULES
 
 
@@ -66,6 +68,8 @@ def _autocast(device: torch.device, precision: str):
 def model_from_config(config: TrainConfig, dataset: Dataset) -> nn.Module:
     """The model that the config names, with the data set's normaliser inside, initialised from config.seed."""
     options: dict[str, Any] = {"width": config.width} if config.width else {}
+    if config.model == "small_cnn":
+        options |= dict(bn=config.batch_norm)
     if config.model == "preact_resnet18":
         options |= dict(shortcut=config.shortcut, final_bn=config.final_bn)
     if config.model == "wide_resnet":
@@ -109,14 +113,20 @@ def train_step(step: losses.Step, context=nullcontext, attack_context=nullcontex
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation
+def _attacked(model: nn.Module, split: Split, config: TrainConfig, steps: int) -> tuple[Tensor, Tensor]:
+    """Logits under FGSM and under PGD, at the config's eps and norm."""
+    pair = evaluation.fgsm_attack(config.eps, config.norm), evaluation.pgd_attack(config.eps, steps, norm=config.norm)
+    weak, hard = (evaluation.attack_split(model, split, attack)[1] for attack in pair)
+    return weak, hard
+
+
 def epoch_evaluation(model: nn.Module, dataset: Dataset, config: TrainConfig, epoch: int) -> dict[str, float]:
     """Clean, FGSM and PGD accuracy on validation and probe images, energies of the probe, linearity at some cadence."""
     out: dict[str, float] = {}
     parts = {"valid": dataset.valid.take(slice(config.eval_size)), "probe": dataset.train.take(slice(config.probe_size))}
     for name, split in parts.items():
         natural = evaluation.predict(model, split)
-        _, weak = evaluation.attack_split(model, split, evaluation.fgsm_attack(config.eps))
-        _, hard = evaluation.attack_split(model, split, evaluation.pgd_attack(config.eps, config.eval_steps))
+        weak, hard = _attacked(model, split, config, config.eval_steps)
         out |= {f"{name}_clean": evaluation.accuracy(natural, split.labels), f"{name}_fgsm": evaluation.accuracy(weak, split.labels),
                 f"{name}_pgd": evaluation.accuracy(hard, split.labels),
                 f"{name}_loss": energy.cross_entropy(natural, split.labels).mean().item(),
@@ -141,14 +151,14 @@ def final_evaluation(model: nn.Module, dataset: Dataset, config: TrainConfig) ->
     """Test accuracies: clean, FGSM, PGD (config.final_steps), strong; with the numbers of images."""
     test = dataset.test.take(slice(config.final_size or None))
     natural = evaluation.predict(model, test)
-    _, weak = evaluation.attack_split(model, test, evaluation.fgsm_attack(config.eps))
-    _, hard = evaluation.attack_split(model, test, evaluation.pgd_attack(config.eps, config.final_steps))
+    weak, hard = _attacked(model, test, config, config.final_steps)
     out = dict(clean=evaluation.accuracy(natural, test.labels), fgsm=evaluation.accuracy(weak, test.labels),
                pgd=evaluation.accuracy(hard, test.labels), pgd_steps=config.final_steps, images=len(test))
     out |= {k: v for k, v in evaluation.energy_summary(natural, hard, test.labels).items() if k in ("dE", "dEy", "aae")}
     if config.strong_size:
         part = dataset.test.take(slice(config.strong_size))
-        out |= dict(strong=evaluation.strong_accuracy(model, part, config.eps, steps=50), strong_images=len(part))
+        strong = evaluation.strong_accuracy(model, part, config.eps, steps=50, norm=config.norm)
+        out |= dict(strong=strong, strong_images=len(part))
     return {k: round(v, 6) for k, v in out.items()}
 
 
@@ -243,18 +253,37 @@ def _train_epoch(state: _State, forward: nn.Module, dataset: Dataset, config: Tr
                 seconds=round(seconds, 3), steps=keep)
 
 
-def run_folder(config: TrainConfig, dataset: Dataset) -> Path:
-    """$DERKIT_HOME/runs/<readable name>-<hash of config and data>."""
+def _signature(model: nn.Module | None) -> str:
+    """What tells a user's modules apart, which the config only calls 'custom': their layers, names and shapes."""
+    if model is None:
+        return ""
+    shapes = [(k, tuple(v.shape)) for k, v in model.state_dict().items()]
+    return hashlib.sha256(f"{model!r} {shapes}".encode()).hexdigest()[:16]
+
+
+def run_folder(config: TrainConfig, dataset: Dataset, model: nn.Module | None = None) -> Path:
+    """$DERKIT_HOME/runs/<readable name>-<hash of config, data and, if it is the user's own, model>."""
     parts = [dataset.name, config.method, config.regularizer if config.regularizer != "none" else "",
              config.variant if config.regularizer == "der" else "", f"eps{config.eps:.4g}", f"s{config.seed}"]
-    return runs_folder() / "-".join([*filter(None, parts), config.hash(dataset.sha256)])
+    return runs_folder() / "-".join([*filter(None, parts), config.hash(dataset.sha256 + _signature(model))])
+
+
+def _refuse_other_run(folder: Path, config: TrainConfig, dataset: Dataset, model: nn.Module | None) -> None:
+    """Raise DerkitError where the folder holds a run of another config, other data or another model."""
+    found = Run(folder).config
+    same = {"another config": TrainConfig(**found["train"]).hash() == config.hash(),
+            "other data": found["data_sha256"] == dataset.sha256,
+            "another model": found.get("model", "") == _signature(model)}
+    for what in (w for w, equal in same.items() if not equal):
+        raise DerkitError(f"{folder} holds a run of {what}. Choose another folder, or resume=False to replace it.")
 
 
 def train(config: TrainConfig, dataset: Dataset | None = None, *, model: nn.Module | None = None,
           folder: str | Path | None = None, resume: bool = True, verbose: bool = True) -> Run:
     """Train, evaluate, record; returns the run (`Run.epochs`, `Run.final`, checkpoints in `Run.folder`).
 
-    dataset: default `load_dataset(config.dataset, ...)`. model: your own nn.Module (config.model = 'custom').
+    dataset: default `load_dataset(config.dataset, ...)`. model: your own nn.Module (config.model = 'custom'), trained in
+    place unless the run is only loaded: `load_model(run.folder / "best.pt", model=...)` gives the weights either way.
     folder: default `run_folder`. A finished run with the same config is loaded, not trained again; an unfinished one goes
     on from its last epoch to the same result (``resume=False``: starts anew).
     Raises DerkitError on bad input before any work, FloatingPointError when the loss is not finite.
@@ -270,39 +299,40 @@ def train(config: TrainConfig, dataset: Dataset | None = None, *, model: nn.Modu
                                image_size=config.image_size or None, progress=progress)
     if model is not None:
         config = config.change(model="custom")
-    folder = Path(folder) if folder else run_folder(config, dataset)
+    folder = Path(folder) if folder else run_folder(config, dataset, model)
+    if resume and ((folder / "final.json").is_file() or (folder / "last.pt").is_file()):
+        _refuse_other_run(folder, config, dataset, model)
     if resume and (folder / "final.json").is_file():
-        found = Run(folder)
-        if TrainConfig(**found.config["train"]).hash() != config.hash():
-            raise DerkitError(f"{folder} holds a run of another config. Choose another folder, or resume=False to replace it.")
         say(f"loaded the finished run {folder.name} (same config; not trained again)")
-        return found
+        return Run(folder)
 
+    signature = _signature(model)
     model = model if model is not None else model_from_config(config, dataset)
     state = _new_state(config, model, device, precision)
     last, best = folder / "last.pt", folder / "best.pt"
     metrics = folder / "metrics.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     if resume and last.is_file():
-        saved = load_checkpoint(last, device)
-        if TrainConfig(**saved["config"]).hash() != config.hash():
-            raise DerkitError(f"{folder} holds a run of another config. Choose another folder, or resume=False to replace it.")
-        state.restore(saved)
+        state.restore(load_checkpoint(last, device))
         keep_epochs(metrics, state.epoch)
         say(f"resuming {folder.name} after epoch {state.epoch}")
     else:
-        metrics.unlink(missing_ok=True)
-        (folder / "final.json").unlink(missing_ok=True)
+        for old in (metrics, folder / "final.json", last, best, folder / "final.pt"):
+            old.unlink(missing_ok=True)
     write_json(folder / "config.json", dict(train=config.as_dict(), dataset=dataset.name, source=dataset.source,
                                             data_sha256=dataset.sha256, sizes=dict(train=len(dataset.train),
-                                            valid=len(dataset.valid), test=len(dataset.test)), classes=dataset.classes))
+                                            valid=len(dataset.valid), test=len(dataset.test)), classes=dataset.classes,
+                                            model=signature))
     write_json(folder / "env.json", environment(device, precision, why))
     forward = torch.compile(model) if config.compile else model
-    rows: list[dict] = []
-    while state.epoch < config.epochs:
+    rows = read_lines(metrics)  # of the epochs before an interruption
+    stop = config.stop_on_co and bool(rows) and alarms.should_stop(rows)
+    while state.epoch < config.epochs and not stop:
         record = _train_epoch(state, forward, dataset, config, precision)
         state.epoch += 1
         record = dict(epoch=state.epoch) | epoch_evaluation(state.judged, dataset, config, state.epoch) | record
+        if not math.isfinite(record["valid_loss"]):
+            raise FloatingPointError(f"the validation loss is not finite after epoch {state.epoch}.")
         rows.append(record)
         if record["valid_pgd"] > state.best:
             state.best, state.best_epoch = record["valid_pgd"], state.epoch
@@ -311,16 +341,13 @@ def train(config: TrainConfig, dataset: Dataset | None = None, *, model: nn.Modu
         stop = config.stop_on_co and alarms.should_stop(rows)
         if state.epoch % config.save_every == 0 or state.epoch == config.epochs or stop:
             save_checkpoint(last, state.model, config.as_dict(), **state.extra())
-        if stop:
-            say(f"stopped after epoch {state.epoch}: catastrophic-overfitting alarm")
-            break
+    if stop:
+        say(f"stopped after epoch {state.epoch}: catastrophic-overfitting alarm")
     return _finish(folder, state, dataset, config, best)
 
 
 def _save(path: Path, state: _State, config: TrainConfig) -> None:
-    judged = state.judged
-    judged.spec = getattr(state.model, "spec", None)
-    save_checkpoint(path, judged, config.as_dict(), epoch=state.epoch)
+    save_checkpoint(path, state.judged, config.as_dict(), epoch=state.epoch)
 
 
 def _finish(folder: Path, state: _State, dataset: Dataset, config: TrainConfig, best: Path) -> Run:
@@ -330,8 +357,9 @@ def _finish(folder: Path, state: _State, dataset: Dataset, config: TrainConfig, 
     if state.best_epoch == state.epoch:
         result["best"] = result["last"]
     else:
-        state.judged.load_state_dict(load_checkpoint(best, dataset.train.images.device)["state"])
-        result["best"] = final_evaluation(state.judged, dataset, config)
+        model = copy.deepcopy(state.judged)  # a user's module keeps the last weights
+        model.load_state_dict(load_checkpoint(best, dataset.train.images.device)["state"])
+        result["best"] = final_evaluation(model, dataset, config)
     write_json(folder / "final.json", result)
     return Run(folder)
 

@@ -1,12 +1,13 @@
-"""Train the small feature extractor of the offline metrics (CFD, CKD, CIS): separate from every classifier that generates.
+"""Train the small feature extractor of the offline metrics (CFD, CKD, CIS): separate from every classifier that
+generates.
 
     python scripts/train_extractor.py --data-dir FOLDER_WITH_THE_FOUR_GZ_FILES     # how the bundled file was made
     python scripts/train_extractor.py                                              # without it: on fashion_mini
     python scripts/train_extractor.py --dataset cifar10 --epochs 20 --out ~/.cache/derkit/extractors/cifar10.pt
 
-Plain (not adversarial) training, AdamW, one-cycle learning rate, random crops; test images are never trained on. The file
-holds the weights in half precision with their sha256, the seed, the data's sha256, the accuracy and this command.
-"""
+Plain (not adversarial) training, AdamW, one-cycle learning rate, random crops; test images are never trained on. The
+file holds the weights in half precision with their sha256, the seed, the data's sha256, the accuracy and this
+command. """
 
 from __future__ import annotations
 

@@ -43,7 +43,11 @@ def mini():
 @pytest.fixture(scope="session")
 def tiny(mini):
     """64 training, 32 validation and 32 test images of it."""
-    parts = {"train": mini.train.take(slice(64)), "valid": mini.valid.take(slice(32)), "test": mini.test.take(slice(32))}
+    parts = {
+        "train": mini.train.take(slice(64)),
+        "valid": mini.valid.take(slice(32)),
+        "test": mini.test.take(slice(32)),
+    }
     return replace(mini, **parts, sha256="tiny")
 
 
@@ -95,8 +99,22 @@ def config():
     """A factory of configs at toy size."""
 
     def make(**overrides):
-        small = dict(width=4, train_size=0, epochs=2, batch_size=32, steps=2, eval_steps=2, eval_size=16, probe_size=8,
-                     final_size=16, final_steps=2, strong_size=0, device="cpu", precision="fp32", eps=0.1)
+        small = dict(
+            width=4,
+            train_size=0,
+            epochs=2,
+            batch_size=32,
+            steps=2,
+            eval_steps=2,
+            eval_size=16,
+            probe_size=8,
+            final_size=16,
+            final_steps=2,
+            strong_size=0,
+            device="cpu",
+            precision="fp32",
+            eps=0.1,
+        )
         return TrainConfig.make("fashion_mini", **(small | overrides))
 
     return make

@@ -35,7 +35,7 @@ every_attack = pytest.mark.parametrize("attack, options", CASES.values(), ids=CA
 
 
 class OnePixel(nn.Module):
-    """Three classes. The prediction is 1 where low < first pixel < high, else 0; CE of class 0 rises slowly with the pixel.
+    """The prediction is 1 where low < first pixel < high, else 0; the CE of class 0 rises slowly with the pixel.
 
     Its failures have a HIGHER cross-entropy for class 0 (near log 3) than its successes (near log 2).
     """
@@ -124,8 +124,10 @@ def test_noisy_single_steps_by_their_formulas(attack, start, step, projected, tr
 def test_alpha_is_used(trained, batch, seeded):
     x, y = batch
     for attack in (rs_fgsm, n_fgsm):
-        assert torch.equal(attack(trained, x, y, EPS, alpha=0.0, generator=seeded()),
-                           attack(trained, x, y, EPS, alpha=0.0, generator=seeded(), return_start=True)[1])
+        assert torch.equal(
+            attack(trained, x, y, EPS, alpha=0.0, generator=seeded()),
+            attack(trained, x, y, EPS, alpha=0.0, generator=seeded(), return_start=True)[1],
+        )
     one = pgd(trained, x, y, EPS, alpha=0.01, steps=1, random_start=False)
     assert (one - x).abs().max().item() == pytest.approx(0.01, abs=1e-6)
     default = pgd(trained, x, y, EPS, steps=1, random_start=False)
@@ -234,7 +236,9 @@ def test_restarts_keep_the_highest_loss_among_failures(trained, batch, seeded):
     x, y = batch
     y = trained(x).argmax(1)
     generator = seeded(2)
-    losses = torch.stack([cross_entropy(trained(pgd(trained, x, y, 0.004, steps=1, generator=generator)), y) for _ in range(4)])
+    losses = torch.stack(
+        [cross_entropy(trained(pgd(trained, x, y, 0.004, steps=1, generator=generator)), y) for _ in range(4)]
+    )
     best = pgd(trained, x, y, 0.004, steps=1, restarts=4, generator=seeded(2))
     assert (trained(best).argmax(1) == y).all()  # nobody is fooled at this eps
     torch.testing.assert_close(cross_entropy(trained(best), y), losses.amax(0))
@@ -248,13 +252,18 @@ def test_any_iterate_finds_what_the_last_iterate_lost():
     assert best.item() == pytest.approx(0.6) and model(best).argmax() == 1
 
 
-@pytest.mark.parametrize("options", [dict(alpha=0.2), dict(decay=True), dict(loss="margin", restarts=2, alpha=0.15), dict(targeted=True, alpha=0.2)])
+@pytest.mark.parametrize(
+    "options",
+    [dict(alpha=0.2), dict(decay=True), dict(loss="margin", restarts=2, alpha=0.15), dict(targeted=True, alpha=0.2)],
+)
 def test_any_iterate_never_loses_a_success(options, trained, batch, seeded):
     x, y = batch
     goal = trained(x).scatter(1, y[:, None], math.inf).argmin(1)
 
     def success(any_iterate):
-        out = trained(pgd(trained, x, y, 0.2, steps=4, any_iterate=any_iterate, generator=seeded(1), **options)).argmax(1)
+        out = trained(pgd(trained, x, y, 0.2, steps=4, any_iterate=any_iterate, generator=seeded(1), **options)).argmax(
+            1
+        )
         return out == goal if options.get("targeted") else out != y
 
     last, best = success(False), success(True)
@@ -345,7 +354,9 @@ def test_random_start_off_is_deterministic(trained, batch, seeded):
 def test_float64_stays_float64(attack, options, trained, batch, seeded):
     x, y = batch
     x_adv = attack(trained.double(), x.double(), y, EPS, generator=seeded(), **options)
-    assert x_adv.dtype == torch.float64 and (options.get("norm") == "l2" or (x_adv - x.double()).abs().max() <= 3 * EPS + 1e-12)
+    assert x_adv.dtype == torch.float64 and (
+        options.get("norm") == "l2" or (x_adv - x.double()).abs().max() <= 3 * EPS + 1e-12
+    )
 
 
 def test_works_under_no_grad_and_for_frozen_models(trained, batch):
@@ -427,11 +438,19 @@ def test_l2_eps_may_exceed_1(trained, batch, seeded):
     assert 1 < far.max() <= 2 * (1 + 1e-5)
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(norm="l1"), "norm"), (dict(loss="mse"), "unknown attack loss"), (dict(loss="margn"), "'margin'"), (dict(steps=-1), "steps"),
-    (dict(restarts=0), "restarts"), (dict(bn_mode="frozen"), "bn_mode"), (dict(targeted=True, loss="kl"), "targeted"),
-    (dict(targeted=True, targets="nearest"), "targets"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(norm="l1"), "norm"),
+        (dict(loss="mse"), "unknown attack loss"),
+        (dict(loss="margn"), "'margin'"),
+        (dict(steps=-1), "steps"),
+        (dict(restarts=0), "restarts"),
+        (dict(bn_mode="frozen"), "bn_mode"),
+        (dict(targeted=True, loss="kl"), "targeted"),
+        (dict(targeted=True, targets="nearest"), "targets"),
+    ],
+)
 def test_bad_option(options, message, trained, batch):
     with pytest.raises(DerkitError, match=message):
         pgd(trained, *batch, EPS, **options)
@@ -446,7 +465,9 @@ def test_against_foolbox(trained, batch):
     torch.testing.assert_close(fgsm(trained, x, y, EPS), expected, rtol=0, atol=1e-5)
     oracle = foolbox.attacks.LinfPGD(abs_stepsize=0.03, steps=7, random_start=False)
     expected, *_ = oracle(wrapped, x, y, epsilons=EPS)
-    torch.testing.assert_close(pgd(trained, x, y, EPS, alpha=0.03, steps=7, random_start=False), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        pgd(trained, x, y, EPS, alpha=0.03, steps=7, random_start=False), expected, rtol=0, atol=1e-5
+    )
 
 
 def test_against_torchattacks(trained, batch):
@@ -455,6 +476,10 @@ def test_against_torchattacks(trained, batch):
     expected = torchattacks.FGSM(trained, eps=EPS)(x, y)
     torch.testing.assert_close(fgsm(trained, x, y, EPS), expected, rtol=0, atol=1e-5)
     expected = torchattacks.PGD(trained, eps=EPS, alpha=0.03, steps=7, random_start=False)(x, y)
-    torch.testing.assert_close(pgd(trained, x, y, EPS, alpha=0.03, steps=7, random_start=False), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        pgd(trained, x, y, EPS, alpha=0.03, steps=7, random_start=False), expected, rtol=0, atol=1e-5
+    )
     expected = torchattacks.PGDL2(trained, eps=1.0, alpha=0.3, steps=7, random_start=False)(x, y)
-    torch.testing.assert_close(pgd(trained, x, y, 1.0, alpha=0.3, steps=7, norm="l2", random_start=False), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        pgd(trained, x, y, 1.0, alpha=0.3, steps=7, norm="l2", random_start=False), expected, rtol=0, atol=1e-4
+    )

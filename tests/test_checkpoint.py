@@ -85,7 +85,13 @@ def test_truncated(saved, share):
 def test_missing_and_foreign_files(tmp_path, trained):
     with pytest.raises(CheckpointError, match="does not exist"):
         load_checkpoint(tmp_path / "none.pt")
-    for content in (trained.state_dict(), [1, 2], dict(format="derkit-0", state={}), dict(format=FORMAT), dict(format=FORMAT, state={})):
+    for content in (
+        trained.state_dict(),
+        [1, 2],
+        dict(format="derkit-0", state={}),
+        dict(format=FORMAT),
+        dict(format=FORMAT, state={}),
+    ):
         torch.save(content, tmp_path / "foreign.pt")
         with pytest.raises(CheckpointError, match="not a derkit checkpoint"):
             load_checkpoint(tmp_path / "foreign.pt")
@@ -117,8 +123,13 @@ def test_changed_weight_is_noticed(saved):
 
 def test_state_hash_sees_names_shapes_dtypes_and_bytes():
     a = {"w": torch.arange(6.0).view(2, 3), "n": torch.tensor(3)}
-    others = [{"v": a["w"], "n": a["n"]}, {**a, "w": a["w"].view(3, 2)}, {**a, "w": a["w"].double()}, {**a, "n": torch.tensor(4)},
-              {**a, "w": a["w"] + torch.eye(2, 3) * 1e-6}]
+    others = [
+        {"v": a["w"], "n": a["n"]},
+        {**a, "w": a["w"].view(3, 2)},
+        {**a, "w": a["w"].double()},
+        {**a, "n": torch.tensor(4)},
+        {**a, "w": a["w"] + torch.eye(2, 3) * 1e-6},
+    ]
     assert state_hash(a) == state_hash({k: v.clone() for k, v in reversed(a.items())})
     assert len({state_hash(s) for s in [a, *others]}) == len(others) + 1
 

@@ -10,12 +10,16 @@ from derkit.config import DEFAULT_PRESET, PRESETS, TrainConfig, check_names, hel
 from derkit.errors import DerkitError
 
 
-@pytest.mark.parametrize("value, expected", [("8/255", 8 / 255), ("0.03", 0.03), (0.03, 0.03), (0, 0.0), (1, 1.0), ("1e-2", 0.01)])
+@pytest.mark.parametrize(
+    "value, expected", [("8/255", 8 / 255), ("0.03", 0.03), (0.03, 0.03), (0, 0.0), (1, 1.0), ("1e-2", 0.01)]
+)
 def test_eps_accepted(value, expected):
     assert parse_eps(value) == expected
 
 
-@pytest.mark.parametrize("value", [8, "8", -0.1, "-0.1", "abc", "8/0", "1/2/3", "", None, True, math.nan, math.inf, "nan", [0.1]])
+@pytest.mark.parametrize(
+    "value", [8, "8", -0.1, "-0.1", "abc", "8/0", "1/2/3", "", None, True, math.nan, math.inf, "nan", [0.1]]
+)
 def test_eps_rejected(value):
     with pytest.raises(DerkitError, match="eps"):
         parse_eps(value)
@@ -28,19 +32,50 @@ def test_eps_in_byte_units_is_explained():
 
 def test_text_values_become_typed():
     """The command line and papermill give text, papermill also floats for whole numbers."""
-    c = TrainConfig.make(epochs="1e1", seed=3.0, download="false", final_bn="True", lr="1e-3", eps="8/255", alpha="2/255", weight="2")
+    c = TrainConfig.make(
+        epochs="1e1", seed=3.0, download="false", final_bn="True", lr="1e-3", eps="8/255", alpha="2/255", weight="2"
+    )
     assert (c.epochs, c.seed, c.download, c.final_bn, c.lr) == (10, 3, False, True, 1e-3)
     assert (c.eps, c.alpha, c.weight) == (8 / 255, 2 / 255, 2.0)
     assert isinstance(c.epochs, int) and isinstance(c.seed, int)
 
 
-@pytest.mark.parametrize("name, value", [
-    ("epochs", 0), ("epochs", 1.5), ("epochs", "ten"), ("epochs", True), ("epochs", "inf"), ("train_size", -1), ("batch_size", 0),
-    ("download", "maybe"), ("lr", "fast"), ("lr", math.nan), ("lr", -1), ("lr", True), ("weight", -1), ("weight", "heavy"),
-    ("alpha", 8), ("momentum", 1.0), ("ema", 1), ("warmup", 1.5), ("peak", 2), ("steps", 0), ("seed", -1), ("depth", 9),
-    ("method", "rsfgsm"), ("variant", "marginall"), ("penalty", "l1"), ("schedule", "step"), ("norm", "l1"), ("precision", "fp8"),
-    ("model", "resnet"), ("augment", "cutout"), ("regularizer", "derr"),
-])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("epochs", 0),
+        ("epochs", 1.5),
+        ("epochs", "ten"),
+        ("epochs", True),
+        ("epochs", "inf"),
+        ("train_size", -1),
+        ("batch_size", 0),
+        ("download", "maybe"),
+        ("lr", "fast"),
+        ("lr", math.nan),
+        ("lr", -1),
+        ("lr", True),
+        ("weight", -1),
+        ("weight", "heavy"),
+        ("alpha", 8),
+        ("momentum", 1.0),
+        ("ema", 1),
+        ("warmup", 1.5),
+        ("peak", 2),
+        ("steps", 0),
+        ("seed", -1),
+        ("depth", 9),
+        ("method", "rsfgsm"),
+        ("variant", "marginall"),
+        ("penalty", "l1"),
+        ("schedule", "step"),
+        ("norm", "l1"),
+        ("precision", "fp8"),
+        ("model", "resnet"),
+        ("augment", "cutout"),
+        ("regularizer", "derr"),
+    ],
+)
 def test_bad_value_is_one_clear_error(name, value):
     with pytest.raises(DerkitError) as error:
         TrainConfig.make(**{name: value})
@@ -48,9 +83,15 @@ def test_bad_value_is_one_clear_error(name, value):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name, value, near", [
-    ("method", "rsfgsm", "rs_fgsm"), ("regularizer", "DER", "der"), ("variant", "segmnet", "segment"), ("model", "preactresnet18", "preact_resnet18"),
-])
+@pytest.mark.parametrize(
+    "name, value, near",
+    [
+        ("method", "rsfgsm", "rs_fgsm"),
+        ("regularizer", "DER", "der"),
+        ("variant", "segmnet", "segment"),
+        ("model", "preactresnet18", "preact_resnet18"),
+    ],
+)
 def test_nearest_name_is_offered(name, value, near):
     with pytest.raises(DerkitError, match=f"Did you mean '{near}'"):
         TrainConfig.make(**{name: value})
@@ -68,8 +109,12 @@ def test_unknown_parameter_and_preset():
 
 
 def test_impossible_combinations():
-    for bad in (dict(regularizer="gradalign", compile=True), dict(regularizer="gradalign", precision="bf16"),
-                dict(method="standard", regularizer="der"), dict(method="rs_fgsm", norm="l2")):
+    for bad in (
+        dict(regularizer="gradalign", compile=True),
+        dict(regularizer="gradalign", precision="bf16"),
+        dict(method="standard", regularizer="der"),
+        dict(method="rs_fgsm", norm="l2"),
+    ):
         with pytest.raises(DerkitError):
             TrainConfig.make(**bad)
 
@@ -86,7 +131,9 @@ def test_published_values_of_presets():
     assert (wong.schedule, wong.lr, wong.peak) == ("triangular", 0.2, 0.5) and math.isclose(wong.step_size, 10 / 255)
     assert (nfgsm.method, nfgsm.epochs, nfgsm.step_size) == ("n_fgsm", 30, 8 / 255)
     align = TrainConfig.make("gradalign2020")
-    assert (align.lr, align.peak, align.final_bn, align.normalize) == (0.3, 0.4, False, False) and math.isclose(align.strength, 0.2)
+    assert (align.lr, align.peak, align.final_bn, align.normalize) == (0.3, 0.4, False, False) and math.isclose(
+        align.strength, 0.2
+    )
     svhn = TrainConfig.make("rice2020_svhn")
     assert (svhn.lr, svhn.step_size, svhn.augment) == (0.01, 1 / 255, "none")
     assert TrainConfig.make("trades2019").beta == 6
@@ -110,7 +157,11 @@ def test_auto_values():
     assert make(method="trades").bn_mode == "eval" and make(method="pgd").bn_mode == "train"
     assert make(method="pgd", attack_bn="eval").bn_mode == "eval"
     assert make().strength == 0 and make(regularizer="der").strength == 4 and make(regularizer="elle").strength == 50
-    assert make(regularizer="gradalign", eps="16/255").strength == pytest.approx(2) == make(regularizer="gradalign", eps=0.5).strength
+    assert (
+        make(regularizer="gradalign", eps="16/255").strength
+        == pytest.approx(2)
+        == make(regularizer="gradalign", eps=0.5).strength
+    )
     assert make(regularizer="der", weight=0).strength == 0
 
 
@@ -125,8 +176,20 @@ def test_hash_follows_results_only():
     assert len(c.hash()) == 8 and c.hash() != c.hash("other data")
     for f in dataclasses.fields(TrainConfig):
         value = getattr(c, f.name)
-        other = {"data_dir": "/x", "dataset": "svhn", "alpha": 0.1, "weight": 1.0, "device": "cpu", "depth": 16, "warmup": 0.1, "peak": 0.1,
-                 "momentum": 0.5, "ema": 0.5, "eps": 0.1, "norm": "l2"}.get(f.name)
+        other = {
+            "data_dir": "/x",
+            "dataset": "svhn",
+            "alpha": 0.1,
+            "weight": 1.0,
+            "device": "cpu",
+            "depth": 16,
+            "warmup": 0.1,
+            "peak": 0.1,
+            "momentum": 0.5,
+            "ema": 0.5,
+            "eps": 0.1,
+            "norm": "l2",
+        }.get(f.name)
         if other is None:
             choices = [x for x in f.metadata["choices"] if x != value]
             other = choices[-1] if choices else (not value if isinstance(value, bool) else value + 1)

@@ -27,7 +27,7 @@ def no_network(monkeypatch):
 
 
 def write_folders(root, names, per_class=(3, 2), size=(32, 32), suffix="png", mode="RGB"):
-    """A class-folder copy; every image of class c has the grey level 10 + 20 c, except one pixel that tells images apart."""
+    """A class-folder copy; images of class c have the grey level 10 + 20 c, but for one pixel that tells them apart."""
     for split, n in zip(("train", "test"), per_class, strict=True):
         for c, name in enumerate(names):
             folder = root / split / name
@@ -43,7 +43,12 @@ def write_folders(root, names, per_class=(3, 2), size=(32, 32), suffix="png", mo
 def write_idx(folder, images, labels, stem, gz=False):
     folder.mkdir(parents=True, exist_ok=True)
     for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
-        raw = b"\x00\x00\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.astype(np.uint8).tobytes()
+        raw = (
+            b"\x00\x00\x08"
+            + bytes([array.ndim])
+            + struct.pack(f">{array.ndim}I", *array.shape)
+            + array.astype(np.uint8).tobytes()
+        )
         path = folder / f"{stem}-{kind}-ubyte{'.gz' if gz else ''}"
         path.write_bytes(gzip.compress(raw) if gz else raw)
 
@@ -60,7 +65,11 @@ def write_fashion(folder, n=40, gz=False, labels=None):
 def test_bundled_set(mini):
     assert [len(s) for s in (mini.train, mini.valid, mini.test)] == [4000, 1000, 1000]
     for split, per_class in ((mini.train, 400), (mini.valid, 100), (mini.test, 100)):
-        assert split.images.dtype == torch.uint8 and split.images.shape[1:] == (1, 28, 28) and split.labels.dtype == torch.int64
+        assert (
+            split.images.dtype == torch.uint8
+            and split.images.shape[1:] == (1, 28, 28)
+            and split.labels.dtype == torch.int64
+        )
         assert split.labels.bincount().tolist() == [per_class] * 10
     assert mini.classes == FASHION and (mini.channels, mini.size, mini.source) == (1, 28, "bundled")
 
@@ -78,7 +87,9 @@ def test_bundled_splits_are_disjoint(mini):
 def test_bundled_images_look_as_published(mini):
     """The published mean and std of Fashion-MNIST hold for the subset within 2 %."""
     x = mini.train.floats()
-    assert x.mean().item() == pytest.approx(mini.mean[0], rel=0.02) and x.std().item() == pytest.approx(mini.std[0], rel=0.02)
+    assert x.mean().item() == pytest.approx(mini.mean[0], rel=0.02) and x.std().item() == pytest.approx(
+        mini.std[0], rel=0.02
+    )
 
 
 def test_corrupt_bundled_file(monkeypatch):
@@ -93,7 +104,9 @@ def test_subsets_are_balanced_seeded_and_prefixed(mini):
     assert small.train.labels[:50].bincount().tolist() == [5] * 10  # every prefix is balanced
     assert torch.equal(small.train.images, load_dataset(train_size=100).train.images)
     other = load_dataset(train_size=100, split_seed=1)
-    assert not torch.equal(small.train.images, other.train.images) and torch.equal(small.valid.images, mini.valid.images)
+    assert not torch.equal(small.train.images, other.train.images) and torch.equal(
+        small.valid.images, mini.valid.images
+    )
     assert small.sha256 != mini.sha256 != other.sha256 and mini.sha256 == load_dataset().sha256
     assert load_dataset(train_size=103).train.labels.bincount().max() == 11
 
@@ -133,7 +146,9 @@ def test_shuffling_covers_every_image_once(mini, seeded):
 
 def test_take_and_len(mini):
     part = mini.train.take(torch.tensor([5, 3]))
-    assert len(part) == 2 and torch.equal(part.images[0], mini.train.images[5]) and part.labels[1] == mini.train.labels[3]
+    assert (
+        len(part) == 2 and torch.equal(part.images[0], mini.train.images[5]) and part.labels[1] == mini.train.labels[3]
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- augmentation
@@ -153,7 +168,9 @@ def copies(image, kind, pad=4):
     return out
 
 
-@pytest.mark.parametrize("kind, ways", [("none", 1), ("flip", 2), ("crop", 81), ("crop_flip", 162), ("crop_reflect_flip", 162)])
+@pytest.mark.parametrize(
+    "kind, ways", [("none", 1), ("flip", 2), ("crop", 81), ("crop_flip", 162), ("crop_reflect_flip", 162)]
+)
 def test_augmented_images_are_true_copies(kind, ways, seeded):
     """Every image is a shifted / flipped copy of its own source, and all ways occur."""
     rng = np.random.default_rng(0)
@@ -202,7 +219,7 @@ def test_folders_from_the_environment(tmp_path, monkeypatch):
 
 
 def test_other_class_folders_are_not_taken_for_the_data_set(tmp_path, monkeypatch):
-    """A root that happens to hold ten class folders of something else is passed over, unless it is named as data_dir."""
+    """A root that holds ten class folders of something else is passed over, unless it is named as data_dir."""
     write_folders(tmp_path, CIFAR10)
     monkeypatch.setattr(data_sources, "search_roots", lambda data_dir: [tmp_path])
     with pytest.raises(DataError, match="was not found"):
@@ -220,7 +237,7 @@ def test_prefixes_of_class_folders_hold_all_classes(tmp_path):
 
 
 def test_canonical_label_order(tmp_path):
-    """Folders named like the published classes, in any spelling, get the published labels, not the alphabetical ones."""
+    """Folders named like the published classes, in any spelling, get the published labels, not the sorted ones."""
     folders = ["T-Shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle_boot"]
     write_folders(tmp_path / "fashion_mnist", folders, size=(28, 28), mode="L")
     data = load_dataset("fashion_mnist", tmp_path, **CIFAR_ARGS)
@@ -331,12 +348,17 @@ def test_labels_out_of_range(tmp_path):
         load_dataset("fashion_mnist", tmp_path, **CIFAR_ARGS)
 
 
-@pytest.mark.parametrize("name, channels, size, classes", [("cifar10", 3, 32, 10), ("cifar100", 3, 32, 100), ("svhn", 3, 32, 10)])
+@pytest.mark.parametrize(
+    "name, channels, size, classes", [("cifar10", 3, 32, 10), ("cifar100", 3, 32, 100), ("svhn", 3, 32, 10)]
+)
 def test_torchvision_formats(tmp_path, monkeypatch, name, channels, size, classes):
     """What torchvision hands over goes through unchanged (its own file checks are not repeated here)."""
+
     def read(what, root, train, download):
         n = 4 * classes if train else classes
-        images = np.broadcast_to((np.arange(n) % classes).astype(np.uint8)[:, None, None, None], (n, channels, size, size))
+        images = np.broadcast_to(
+            (np.arange(n) % classes).astype(np.uint8)[:, None, None, None], (n, channels, size, size)
+        )
         return images, np.arange(n, dtype=np.int64) % classes
 
     monkeypatch.setattr(data_sources, "read_torchvision", read)
@@ -402,7 +424,9 @@ def test_sha256_sees_one_pixel(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------- errors
-@pytest.mark.parametrize("name, near", [("fashionmini", "fashion_mini"), ("CIFAR-10", "cifar10"), ("imagefolder", "imagefolder:<path>")])
+@pytest.mark.parametrize(
+    "name, near", [("fashionmini", "fashion_mini"), ("CIFAR-10", "cifar10"), ("imagefolder", "imagefolder:<path>")]
+)
 def test_unknown_dataset(name, near):
     with pytest.raises(DerkitError, match=f"Did you mean '{near}'"):
         load_dataset(name)
@@ -482,9 +506,13 @@ def test_train_size_too_large(size):
 
 def test_sizes_that_leave_nothing(tmp_path):
     write_fashion(tmp_path)
-    for bad, message in ((dict(valid_size=41), "valid_size = 41 is larger"), (dict(valid_size=40), "no training images"),
-                         (dict(valid_size=-5), "valid_size"), (dict(train_size=31, valid_size=10), "train_size = 31 is larger"),
-                         (dict(train_size=-1, valid_size=10), "train_size")):
+    for bad, message in (
+        (dict(valid_size=41), "valid_size = 41 is larger"),
+        (dict(valid_size=40), "no training images"),
+        (dict(valid_size=-5), "valid_size"),
+        (dict(train_size=31, valid_size=10), "train_size = 31 is larger"),
+        (dict(train_size=-1, valid_size=10), "train_size"),
+    ):
         with pytest.raises(DataError, match=message):
             load_dataset("fashion_mnist", tmp_path, download=False, **bad)
 

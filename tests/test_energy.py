@@ -46,7 +46,9 @@ def test_hand_computed_example():
 @given(pairs())
 def test_cross_entropy_is_a_difference_of_energies(case):
     f, g, y = case
-    torch.testing.assert_close(energy.joint_energy(f, y) - energy.marginal_energy(f), energy.cross_entropy(f, y), **TIGHT)
+    torch.testing.assert_close(
+        energy.joint_energy(f, y) - energy.marginal_energy(f), energy.cross_entropy(f, y), **TIGHT
+    )
     gap = energy.cross_entropy(g, y) - energy.cross_entropy(f, y)
     torch.testing.assert_close(gap, energy.delta_energy(f, g) - energy.delta_energy(f, g, y), **TIGHT)
 
@@ -72,8 +74,11 @@ def test_trades_decomposition_is_the_kl(case):
     torch.testing.assert_close(kl, expected, **TIGHT)
     torch.testing.assert_close(conditional + marginal, expected, **TIGHT)
     torch.testing.assert_close(marginal, energy.delta_energy(f, g), **TIGHT)
-    by_hand = sum(f.softmax(1)[:, k] * (energy.joint_energy(g, torch.full((len(f),), k)) - energy.joint_energy(f, torch.full((len(f),), k)))
-                  for k in range(f.shape[1]))
+    by_hand = sum(
+        f.softmax(1)[:, k]
+        * (energy.joint_energy(g, torch.full((len(f),), k)) - energy.joint_energy(f, torch.full((len(f),), k)))
+        for k in range(f.shape[1])
+    )
     torch.testing.assert_close(conditional, by_hand, **TIGHT)
 
 
@@ -94,21 +99,32 @@ def test_permutation_of_classes(case, random):
     random.shuffle(order)
     new = torch.tensor([order.index(c) for c in y.tolist()])
     torch.testing.assert_close(energy.marginal_energy(f[:, order]), energy.marginal_energy(f), **TIGHT)
-    torch.testing.assert_close(energy.delta_energy(f[:, order], g[:, order], new), energy.delta_energy(f, g, y), **TIGHT)
+    torch.testing.assert_close(
+        energy.delta_energy(f[:, order], g[:, order], new), energy.delta_energy(f, g, y), **TIGHT
+    )
 
 
 @given(pairs(scale=2.0**100))
 def test_huge_logits_stay_finite(case):
     f, g, y = case
-    for value in (energy.marginal_energy(f), energy.joint_energy(f, y), energy.cross_entropy(f, y), energy.delta_energy(f, g),
-                  *energy.trades_decomposition(f, g)):
+    for value in (
+        energy.marginal_energy(f),
+        energy.joint_energy(f, y),
+        energy.cross_entropy(f, y),
+        energy.delta_energy(f, g),
+        *energy.trades_decomposition(f, g),
+    ):
         assert value.isfinite().all()
     assert (energy.cross_entropy(f, y) >= 0).all()
 
 
 def test_one_class():
     """With one class E(x) = E(x, y) and CE = 0."""
-    f, g, y = torch.randn(3, 1, dtype=torch.float64), torch.randn(3, 1, dtype=torch.float64), torch.zeros(3, dtype=torch.long)
+    f, g, y = (
+        torch.randn(3, 1, dtype=torch.float64),
+        torch.randn(3, 1, dtype=torch.float64),
+        torch.zeros(3, dtype=torch.long),
+    )
     torch.testing.assert_close(energy.marginal_energy(f), energy.joint_energy(f, y), **TIGHT)
     assert energy.cross_entropy(f, y).abs().max() == 0
     torch.testing.assert_close(energy.trades_decomposition(f, g)[0], torch.zeros(3, dtype=torch.float64), **TIGHT)
@@ -116,15 +132,26 @@ def test_one_class():
 
 def test_empty_batch():
     f, y = torch.empty(0, 10), torch.empty(0, dtype=torch.long)
-    results = [energy.marginal_energy(f), energy.joint_energy(f, y), energy.cross_entropy(f, y), energy.delta_energy(f, f),
-               energy.abnormal_mask(f, f, y), *energy.trades_decomposition(f, f)]
+    results = [
+        energy.marginal_energy(f),
+        energy.joint_energy(f, y),
+        energy.cross_entropy(f, y),
+        energy.delta_energy(f, f),
+        energy.abnormal_mask(f, f, y),
+        *energy.trades_decomposition(f, f),
+    ]
     assert all(r.shape == (0,) for r in results)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_upcast_before_the_energy(dtype):
     f, y = torch.randn(8, 10).to(dtype) * 10, torch.arange(8)
-    for value in (energy.marginal_energy(f), energy.joint_energy(f, y), energy.cross_entropy(f, y), energy.delta_energy(f, f.flip(0))):
+    for value in (
+        energy.marginal_energy(f),
+        energy.joint_energy(f, y),
+        energy.cross_entropy(f, y),
+        energy.delta_energy(f, f.flip(0)),
+    ):
         assert value.dtype == torch.float32
     assert torch.equal(energy.marginal_energy(f), energy.marginal_energy(f.float()))
 
@@ -141,11 +168,15 @@ def test_linearity_errors():
     f, g = torch.randn(2, 1, dtype=torch.float64), torch.randn(2, 1, dtype=torch.float64)
     middle = (1 - u)[:, None] * f + u[:, None] * g  # one class: E = -logit, linear along the line
     torch.testing.assert_close(energy.energy_linearity(f, middle, g, u), torch.zeros(2, dtype=torch.float64), **TIGHT)
-    torch.testing.assert_close(energy.energy_linearity(f, middle + 3, g, u), torch.full((2,), 9.0, dtype=torch.float64), **TIGHT)
+    torch.testing.assert_close(
+        energy.energy_linearity(f, middle + 3, g, u), torch.full((2,), 9.0, dtype=torch.float64), **TIGHT
+    )
     a, c, b = (torch.randn(2, 5, dtype=torch.float64) for _ in range(3))
     y = torch.tensor([1, 4])
     ce = [F.cross_entropy(t, y, reduction="none") for t in (a, c, b)]
-    torch.testing.assert_close(energy.loss_linearity(a, c, b, u, y), (ce[1] - (1 - u) * ce[0] - u * ce[2]) ** 2, **TIGHT)
+    torch.testing.assert_close(
+        energy.loss_linearity(a, c, b, u, y), (ce[1] - (1 - u) * ce[0] - u * ce[2]) ** 2, **TIGHT
+    )
 
 
 def test_gradient_of_energies():

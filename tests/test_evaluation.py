@@ -89,11 +89,18 @@ def test_the_given_eps_is_used(trained, part):
         assert (x_adv - part.floats()).abs().max().item() == pytest.approx(0.03, abs=1e-6)
         torch.testing.assert_close(logits, trained(x_adv).detach())
     x_adv, _ = evaluation.attack_split(trained, part, evaluation.fgsm_attack(0.5, norm="l2"))
-    assert (x_adv - part.floats()).flatten(1).norm(dim=1).max().item() == pytest.approx(0.5, rel=1e-4)
+    assert 0.4 < (x_adv - part.floats()).flatten(1).norm(dim=1).max().item() <= 0.5 * (1 + 1e-5)
 
 
-@pytest.mark.parametrize("evaluate", [robust_accuracy, strong_accuracy, lambda m, s, eps: evaluation.autoattack(m, s, eps),
-                                      lambda m, s, eps: evaluation.attack_split(m, s, evaluation.fgsm_attack(eps))])
+@pytest.mark.parametrize(
+    "evaluate",
+    [
+        robust_accuracy,
+        strong_accuracy,
+        lambda m, s, eps: evaluation.autoattack(m, s, eps),
+        lambda m, s, eps: evaluation.attack_split(m, s, evaluation.fgsm_attack(eps)),
+    ],
+)
 @pytest.mark.parametrize("eps", [8, -0.1, "8/255"])
 def test_bad_eps(evaluate, eps, trained, part):
     with pytest.raises(DerkitError, match="eps"):
@@ -116,8 +123,10 @@ def test_seeded(trained, part):
 
 
 def test_generators_of_different_purposes_differ():
-    draws = {tuple(torch.rand(2, generator=evaluation.make_generator("cpu", *seed)).tolist())
-             for seed in [("a", 0), ("a", 1), ("b", 0), (0,), ("a", 0, 0)]}
+    draws = {
+        tuple(torch.rand(2, generator=evaluation.make_generator("cpu", *seed)).tolist())
+        for seed in [("a", 0), ("a", 1), ("b", 0), (0,), ("a", 0, 0)]
+    }
     assert len(draws) == 5
     a, b = (torch.rand(2, generator=evaluation.make_generator("cpu", "a", 3)) for _ in range(2))
     assert torch.equal(a, b)
@@ -127,7 +136,11 @@ def test_nothing_is_left_behind(trained, part):
     """Mode, statistics, gradients and the global random state are as before."""
     trained.train()
     before, random = {k: v.clone() for k, v in trained.state_dict().items()}, torch.get_rng_state()
-    robust_accuracy(trained, part, 0.05, steps=2), strong_mask(trained, part, 0.05, steps=2), evaluation.predict(trained, part)
+    (
+        robust_accuracy(trained, part, 0.05, steps=2),
+        strong_mask(trained, part, 0.05, steps=2),
+        evaluation.predict(trained, part),
+    )
     assert all(m.training for m in trained.modules()) and all(p.grad is None for p in trained.parameters())
     assert all(torch.equal(v, before[k]) for k, v in trained.state_dict().items())
     assert torch.equal(random, torch.get_rng_state())
@@ -147,7 +160,13 @@ def test_autoattack_record(trained, part):
     trained.train()
     record = evaluation.autoattack(trained, few, 0.2, seed=3)
     assert {"attack", "accuracy", "clean", "examples", "seed", "eps", "norm", "package", "version"} == set(record)
-    assert (record["attack"], record["examples"], record["seed"], record["eps"], record["norm"]) == ("AutoAttack standard", 8, 3, 0.2, "linf")
+    assert (record["attack"], record["examples"], record["seed"], record["eps"], record["norm"]) == (
+        "AutoAttack standard",
+        8,
+        3,
+        0.2,
+        "linf",
+    )
     assert record["package"] == "pyautoattack" and record["version"][0].isdigit()
     assert record["clean"] == evaluation.accuracy(evaluation.predict(trained, few), few.labels)
     assert record["accuracy"] <= robust_accuracy(trained, few, 0.2) <= record["clean"]
@@ -163,13 +182,19 @@ def test_autoattack_of_a_float64_model_with_nobody_to_attack(trained, part):
     assert record["accuracy"] == record["clean"] == 0 and record["examples"] == wrong.sum()
 
 
-def test_autoattack_with_few_classes(net, part):
-    """Its targeted attacks try at most K - 1 classes; below 4 classes they are not defined."""
-    pytest.importorskip("pyautoattack", reason="pyautoattack (extra: eval) is not installed")
-    few = Split(part.images[:4], torch.zeros(4, dtype=torch.long))
-    model = net(classes=4)
-    few = Split(few.images, evaluation.predict(model, few).argmax(1))
-    assert evaluation.autoattack(model, few, 0.3)["accuracy"] <= 1
+@pytest.mark.parametrize("classes", [4, 10, 20])
+def test_autoattack_with_few_classes(classes, net, part, monkeypatch):
+    """Its targeted attacks try 9 wrong classes (the standard), or all that there are; below 4 they are not defined."""
+    package = pytest.importorskip("pyautoattack", reason="pyautoattack (extra: eval) is not installed")
+    few, seen = Split(part.images[:4], torch.zeros(4, dtype=torch.long)), []
+
+    def run(self, x, y, **kw):
+        seen.extend([self.apgd_targeted.n_target_classes, self.fab.n_target_classes, self.epsilon, self.norm])
+        return x, y
+
+    monkeypatch.setattr(package.AutoAttack, "run_standard_evaluation", run)
+    evaluation.autoattack(net(classes=classes), few, 0.3, norm="l2")
+    assert seen == [min(9, classes - 1)] * 2 + [0.3, "L2"]
     with pytest.raises(DerkitError, match="at least 4 classes, found 3"):
         evaluation.autoattack(net(classes=3), few, 0.3)
 
@@ -195,10 +220,14 @@ def test_energy_summary_by_numpy():
     d, dy = lse[1] - lse[0], picked[1] - picked[0]
     levels = {"q05": 5, "q25": 25, "q50": 50, "q75": 75, "q95": 95}
     expected = {"dE": d.mean(), "dEy": dy.mean(), "E": -lse[0].mean(), "E_adv": -lse[1].mean(), "aae": (d < dy).mean()}
-    expected |= {f"dE_{k}": np.percentile(d, q) for k, q in levels.items()} | {f"dEy_{k}": np.percentile(dy, q) for k, q in levels.items()}
+    expected |= {f"dE_{k}": np.percentile(d, q) for k, q in levels.items()} | {
+        f"dEy_{k}": np.percentile(dy, q) for k, q in levels.items()
+    }
     assert out == pytest.approx(expected, abs=1e-6) and set(out) == set(expected)
     other = evaluation.energy_summary(f, g, y, start)
-    assert other["aae"] == pytest.approx((cross_entropy(g, y) < cross_entropy(start, y)).double().mean().item(), abs=1e-6)
+    assert other["aae"] == pytest.approx(
+        (cross_entropy(g, y) < cross_entropy(start, y)).double().mean().item(), abs=1e-6
+    )
     assert other["dE"] == out["dE"]
 
 

@@ -43,7 +43,9 @@ def test_adversarial_loss_is_cross_entropy_on_x_adv(name, step):
 def test_trades_reference(step):
     s = step("trades", beta=2.5)
     f = logits(s)
-    expected = F.cross_entropy(f["nat"], s.y) + 2.5 * F.kl_div(f["adv"].log_softmax(1), f["nat"].softmax(1), reduction="batchmean")
+    expected = F.cross_entropy(f["nat"], s.y) + 2.5 * F.kl_div(
+        f["adv"].log_softmax(1), f["nat"].softmax(1), reduction="batchmean"
+    )
     torch.testing.assert_close(METHODS["trades"].loss(f, s), expected, **TIGHT)
 
 
@@ -98,7 +100,9 @@ def test_attack_of_each_method(name, step, seeded):
     elif name in ("rs_fgsm", "n_fgsm"):
         expected = attacks.ATTACKS[name](s.model, s.x, s.y, 0.07, alpha=0.05, **common)
     else:
-        expected = attacks.pgd(s.model, s.x, s.y, 0.07, alpha=0.05, steps=3, loss="ce" if name == "pgd" else "kl", **common)
+        expected = attacks.pgd(
+            s.model, s.x, s.y, 0.07, alpha=0.05, steps=3, loss="ce" if name == "pgd" else "kl", **common
+        )
     assert torch.equal(x_adv, expected)
     assert (start is None) == (start_logits is None) == (name not in ("fgsm", "rs_fgsm", "n_fgsm"))
 

@@ -34,9 +34,15 @@ def test_published_sizes():
 
 def test_preact_variants_are_different_networks():
     """Final BN: more parameters. Shortcut: the same parameters, another function."""
-    build = {(s, f): build_model("preact_resnet18", 3, 10, 32, width=4, shortcut=s, final_bn=f) for s in ("x", "bn") for f in (True, False)}
+    build = {
+        (s, f): build_model("preact_resnet18", 3, 10, 32, width=4, shortcut=s, final_bn=f)
+        for s in ("x", "bn")
+        for f in (True, False)
+    }
     assert count_parameters(build["x", True]) - count_parameters(build["x", False]) == 2 * 32
-    assert {k for k in names(build["x", True]) - names(build["x", False])} == {k for k in names(build["x", True]) if ".final." in k}
+    assert {k for k in names(build["x", True]) - names(build["x", False])} == {
+        k for k in names(build["x", True]) if ".final." in k
+    }
     assert names(build["x", True]) == names(build["bn", True])
     build["x", True].load_state_dict(build["bn", True].state_dict())
     x = torch.rand(2, 3, 32, 32)
@@ -103,14 +109,18 @@ def test_spec_rebuilds_the_model():
 
 
 def test_describe_names_the_variant():
-    assert describe(build_model("preact_resnet18", 3, 10, 32, width=2, shortcut="x", final_bn=False).spec) == \
-        "preact_resnet18(width=2, shortcut=x, final_bn=False)"
+    assert (
+        describe(build_model("preact_resnet18", 3, 10, 32, width=2, shortcut="x", final_bn=False).spec)
+        == "preact_resnet18(width=2, shortcut=x, final_bn=False)"
+    )
     assert describe({"name": "custom"}) == "custom"
 
 
 def test_same_network_fills_in_defaults():
     spec = build_model("preact_resnet18", 3, 10, 32, width=2).spec
-    assert same_network(spec, spec | dict(shortcut="bn", final_bn=True)) and not same_network(spec, spec | dict(shortcut="x"))
+    assert same_network(spec, spec | dict(shortcut="bn", final_bn=True)) and not same_network(
+        spec, spec | dict(shortcut="x")
+    )
     assert not same_network(spec, spec | dict(classes=9)) and same_network(spec, spec | dict(mean=[0.1] * 3))
 
 

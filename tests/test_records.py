@@ -38,7 +38,7 @@ def test_lines_round_trip(tmp_path):
 def test_truncated_last_line_is_skipped_with_a_warning(tmp_path, cut):
     path = fill(tmp_path / "m.jsonl")
     whole = path.read_bytes()
-    path.write_bytes(whole[:-1 - cut])
+    path.write_bytes(whole[: -1 - cut])
     with pytest.warns(UserWarning, match="last line is truncated"):
         assert [r["epoch"] for r in read_lines(path)] == [1, 2]
 

@@ -1,4 +1,4 @@
-"""DER and its variants, GradAlign, ELLE: references in float64, every combination, warm-up, no host sync inside a step."""
+"""DER and its variants, GradAlign, ELLE: float64 references, every combination, warm-up, no host sync in a step."""
 
 import itertools
 
@@ -16,8 +16,13 @@ from derkit.regularizers import PENALTIES, REGULARIZERS, VARIANTS, input_gradien
 from derkit.training import train_step
 
 TIGHT = dict(rtol=0, atol=1e-12)
-COMBINATIONS = [(m, r, v) for m in METHOD_NAMES for r in REGULARIZER_NAMES for v in (VARIANT_NAMES if r == "der" else ("segment",))
-                if m != "standard" or r == "none"]
+COMBINATIONS = [
+    (m, r, v)
+    for m in METHOD_NAMES
+    for r in REGULARIZER_NAMES
+    for v in (VARIANT_NAMES if r == "der" else ("segment",))
+    if m != "standard" or r == "none"
+]
 
 
 @pytest.fixture
@@ -72,14 +77,24 @@ def test_every_combination_takes_a_finite_step(method, regularizer, variant, sma
     total, statistics = train_step(step)
     total.backward()
     grads = [p.grad for p in step.model.parameters()]
-    assert total.isfinite() and all(g is not None and g.isfinite().all() for g in grads) and sum(g.abs().sum() for g in grads) > 0
-    assert set(statistics) == {"loss", "penalty", "acc", "aae", "E_adv"} and not any(v.requires_grad for v in statistics.values())
+    assert (
+        total.isfinite()
+        and all(g is not None and g.isfinite().all() for g in grads)
+        and sum(g.abs().sum() for g in grads) > 0
+    )
+    assert set(statistics) == {"loss", "penalty", "acc", "aae", "E_adv"} and not any(
+        v.requires_grad for v in statistics.values()
+    )
     assert statistics["penalty"] >= 0 and (regularizer != "none" or statistics["penalty"] == 0)
-    torch.testing.assert_close(total.detach(), statistics["loss"] + strength(step) * statistics["penalty"]
-                               if regularizer != "none" else statistics["loss"])
+    torch.testing.assert_close(
+        total.detach(),
+        statistics["loss"] + strength(step) * statistics["penalty"] if regularizer != "none" else statistics["loss"],
+    )
 
 
-@pytest.mark.parametrize("regularizer, variant", [(r, v) for m, r, v in COMBINATIONS if m == "fgsm" and r != "none" and v != "abnormal"])
+@pytest.mark.parametrize(
+    "regularizer, variant", [(r, v) for m, r, v in COMBINATIONS if m == "fgsm" and r != "none" and v != "abnormal"]
+)
 def test_regulariser_changes_the_gradient(regularizer, variant, small_step):
     """Nothing is accidentally detached from the weights. ('abnormal' acts on AAEs only: see below.)"""
     grads = []
@@ -99,14 +114,22 @@ class NoSync(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name.lstrip("_") in {f.lstrip("_") for f in self.forbidden}:
             raise AssertionError(f"host sync: {name}")
-        if name in ("index", "index_put", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1]):
+        if name in ("index", "index_put", "index_put_") and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        ):
             raise AssertionError("host sync: indexing with a mask")
         return func(*args, **(kwargs or {}))
 
 
 def test_no_sync_guard_works():
     x = torch.ones(2)
-    for sync in (lambda: x[0].item(), lambda: bool(x.sum() > 1), lambda: float(x[0]), lambda: x[x > 0], lambda: x.nonzero()):
+    for sync in (
+        lambda: x[0].item(),
+        lambda: bool(x.sum() > 1),
+        lambda: float(x[0]),
+        lambda: x[x > 0],
+        lambda: x.nonzero(),
+    ):
         with pytest.raises(AssertionError, match="host sync"), NoSync():
             sync()
 
@@ -139,7 +162,11 @@ def differences(variant, f, y, u):
     }[variant]
 
 
-BY_HAND = {"abs": torch.abs, "square": lambda d: d * d, "huber": lambda d: torch.where(d.abs() < 1, d * d / 2, d.abs() - 0.5)}
+BY_HAND = {
+    "abs": torch.abs,
+    "square": lambda d: d * d,
+    "huber": lambda d: torch.where(d.abs() < 1, d * d / 2, d.abs() - 0.5),
+}
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
@@ -178,7 +205,7 @@ def test_abnormal_acts_on_aaes_only(step):
     s = step(variant="abnormal")
     nat, adv = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0], [0.0, -1.0]])
     s.y = torch.tensor([0, 1])
-    d, = VARIANTS["abnormal"].differences({"nat": nat, "adv": adv}, s)
+    (d,) = VARIANTS["abnormal"].differences({"nat": nat, "adv": adv}, s)
     assert d[0] > 0 and d[1] == 0
 
 
@@ -188,7 +215,7 @@ def test_hinge_follows_a_running_mean(step):
     zero = torch.zeros(2, 3, dtype=torch.float64)
     VARIANTS["hinge"].differences({"nat": zero, "adv": zero + torch.tensor([[1.0], [3.0]])}, s)  # dE = 1, 3
     assert s.state["hinge_mean"].item() == pytest.approx(2)
-    d, = VARIANTS["hinge"].differences({"nat": zero, "adv": zero + torch.tensor([[12.0], [0.0]])}, s)
+    (d,) = VARIANTS["hinge"].differences({"nat": zero, "adv": zero + torch.tensor([[12.0], [0.0]])}, s)
     assert d.tolist() == pytest.approx([10, 0]) and s.state["hinge_mean"].item() == pytest.approx(0.99 * 2 + 0.01 * 6)
     assert not s.state["hinge_mean"].requires_grad
 
@@ -222,7 +249,9 @@ def test_gradalign_reference(step, seeded):
     noise = (2 * torch.rand(s.x.shape, generator=seeded(), dtype=torch.float64) - 1) * s.config.eps
     grads = []
     for z in (s.x.clone().requires_grad_(True), (s.x + noise).requires_grad_(True)):
-        grads.append(torch.autograd.grad(F.cross_entropy(s.model(z), s.y, reduction="sum"), z, create_graph=True)[0].flatten(1))
+        grads.append(
+            torch.autograd.grad(F.cross_entropy(s.model(z), s.y, reduction="sum"), z, create_graph=True)[0].flatten(1)
+        )
     a, b = grads[0].detach(), grads[1]
     expected = (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).mean()
     torch.testing.assert_close(statistics["penalty"], expected.detach(), **TIGHT)
@@ -251,7 +280,13 @@ def test_gradalign_with_zero_gradients_gives_no_nan(config, seeded):
     model = Clipped().double()
     x = torch.full((3, 1, 4, 4), 0.1, dtype=torch.float64)
     x[2] = torch.rand(1, 4, 4, generator=seeded(3), dtype=torch.float64) * 0.3 + 0.6
-    s = Step(model, x, torch.tensor([0, 1, 2]), config(method="fgsm", regularizer="gradalign", weight=1.0, eps=0.05, precision="fp64"), seeded())
+    s = Step(
+        model,
+        x,
+        torch.tensor([0, 1, 2]),
+        config(method="fgsm", regularizer="gradalign", weight=1.0, eps=0.05, precision="fp64"),
+        seeded(),
+    )
     a, b = input_gradients(s)
     assert (a[:2] == 0).all() and (b[:2] == 0).all() and (a[2] != 0).all()
     s.generator = seeded()
@@ -269,14 +304,18 @@ def test_gradalign_leaves_the_model_as_it_was(step):
     s.model.train()
     buffers = {k: v.clone() for k, v in s.model.named_buffers()}
     input_gradients(s)
-    assert all(torch.equal(v, buffers[k]) for k, v in s.model.named_buffers()) and all(m.training for m in s.model.modules())
+    assert all(torch.equal(v, buffers[k]) for k, v in s.model.named_buffers()) and all(
+        m.training for m in s.model.modules()
+    )
 
 
 # --------------------------------------------------------------------------------------------------- strength, points
 def test_warm_up(step):
     """lambda rises linearly over the warm-up share (der, elle) and is at full strength at once for gradalign."""
     for regularizer in ("der", "elle"):
-        values = [strength(step(regularizer=regularizer, weight=8, warmup=0.4, progress=p)) for p in (0, 0.1, 0.2, 0.4, 0.9)]
+        values = [
+            strength(step(regularizer=regularizer, weight=8, warmup=0.4, progress=p)) for p in (0, 0.1, 0.2, 0.4, 0.9)
+        ]
         assert values == pytest.approx([0, 2, 4, 8, 8])
         assert strength(step(regularizer=regularizer, weight=8, warmup=0, progress=0.0)) == 8
     assert strength(step(regularizer="gradalign", weight=8, warmup=0.4, progress=0.0)) == 8
@@ -289,12 +328,18 @@ def test_weight_0_switches_the_regulariser_off(step):
 
 def test_points_of_a_step_share_one_forward(small_step):
     """x*, x and x_u go through the model, and its BatchNorm, together."""
-    for method, regularizer, variant, sizes in (("fgsm", "none", "segment", [4]), ("fgsm", "der", "segment", [12]),
-                                                ("trades", "der", "segment", [12]), ("trades", "none", "segment", [8]),
-                                                ("fgsm", "elle", "segment", [16])):
+    for method, regularizer, variant, sizes in (
+        ("fgsm", "none", "segment", [4]),
+        ("fgsm", "der", "segment", [12]),
+        ("trades", "der", "segment", [12]),
+        ("trades", "none", "segment", [8]),
+        ("fgsm", "elle", "segment", [16]),
+    ):
         step = small_step(method=method, regularizer=regularizer, variant=variant)
         seen = []
-        step.model.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(len(args[0])) if m.training else None)
+        step.model.register_forward_pre_hook(
+            lambda m, args, seen=seen: seen.append(len(args[0])) if m.training else None
+        )
         train_step(step)
         assert seen == sizes
 

@@ -13,9 +13,16 @@ def test_names_match_the_config():
     assert set(SCHEDULE_NAMES) == set(SCHEDULES)
 
 
-@pytest.mark.parametrize("name, start, top, end", [
-    ("triangular", 0, 1, 0), ("onecycle", 1 / 25, 1, 4e-6), ("cosine", 1, None, 0), ("constant", 1, 1, 1), ("piecewise", 1, None, 0.01),
-])
+@pytest.mark.parametrize(
+    "name, start, top, end",
+    [
+        ("triangular", 0, 1, 0),
+        ("onecycle", 1 / 25, 1, 4e-6),
+        ("cosine", 1, None, 0),
+        ("constant", 1, 1, 1),
+        ("piecewise", 1, None, 0.01),
+    ],
+)
 @pytest.mark.parametrize("peak", [0.25, 0.4, 0.5])
 def test_values_at_start_peak_and_end(name, start, top, end, peak):
     f = SCHEDULES[name]
@@ -57,7 +64,9 @@ def test_onecycle_by_torch(peak):
     """torch counts the last step of each phase; its step i is mapped onto our progress."""
     n = 80
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=n, pct_start=peak, cycle_momentum=False)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1.0, total_steps=n, pct_start=peak, cycle_momentum=False
+    )
     top = peak * n - 1
     for i in range(n):
         p = peak * i / top if i < top else peak + (1 - peak) * (i - top) / (n - 1 - top)

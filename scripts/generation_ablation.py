@@ -1,0 +1,112 @@
+"""Which part of the generator does what? Init x stop, k and tau, guidance and target, on the bundled data, several
+seeds.
+
+    python scripts/generation_ablation.py                 # about 40 minutes on one core (12 of them training
+    classifiers) python scripts/generation_ablation.py --seeds 1 --n 200 --parts grid
+
+Seed s stands for the classifier trained with seed s and for the samples drawn with seed s. Writes one JSON file a
+part (grid, start, dial, recipe) with all rows, per-class values and the protocol into
+figures/records/generation_fashion_mini/. """
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from derkit.checkpoint import load_model
+from derkit.config import TrainConfig
+from derkit.data import Dataset, load_dataset
+from derkit.extractor import extractor_for
+from derkit.generation import generate
+from derkit.metrics import metrics_table
+from derkit.records import write_json
+from derkit.training import train
+
+OUT = Path(__file__).resolve().parents[1] / "figures" / "records" / "generation_fashion_mini"
+TRAINING = dict(width=16, precision="fp32", epochs=12, train_size=0, eps=0.1)
+MODELS = {"SAT": dict(method="pgd", steps=5), "standard": dict(method="standard", strong_size=0)}
+INITS = {"uniform": dict(init="uniform"), "class Gaussian": dict(init="class_gaussian"),
+         "PCA as published": dict(init="pca_published"), "PCA, scale 1": dict(init="pca"), "local PCA": dict(init="local_pca"),
+         "noisy images": dict(init="noisy_images")}
+STOPS = {"fixed 20": dict(stop="fixed", steps=20), "mean band": dict(stop="mean_band"), "quantile": dict(stop="quantile")}
+ECCV24 = dict(init="pca_published", rule="plain", momentum=0.0, stop="fixed")
+
+PARTS: dict[str, dict[str, dict[str, Any]]] = {
+    "grid": {f"{i} | {s}": a | b for i, a in INITS.items() for s, b in STOPS.items()},
+    "start": {f"k={k} tau={tau}": dict(init="local_pca", k=k, tau=tau) for k in (4, 32, 128) for tau in (0.0, 0.4, 0.7, 1.0)}
+    | {f"PCA scale={s}": dict(init="pca", scale=s) for s in (0.354, 0.7, 1.0)},
+    "dial": {f"w={w}": dict(tau=0.7, w=w) for w in (0.0, 1.0, 2.0, 5.0)}
+    | {f"target {low}-{high}": dict(tau=0.7, low=low, high=high)
+       for low, high in ((0.25, 0.75), (0.0, 1.0), (0.0, 0.5), (0.0, 0.25), (0.0, 0.05))}
+    | {f"fixed {n}": dict(tau=0.7, stop="fixed", steps=n) for n in (1, 2, 4, 8, 16, 32)},
+    "recipe": {"ECCV'24, eta .05, 50 steps": ECCV24 | dict(eta=0.05, steps=50),
+               "ECCV'24, eta .8, 20 steps": ECCV24 | dict(eta=0.8, steps=20),
+               "ECCV'24, mean band": ECCV24 | dict(eta=0.05, steps=50, stop="mean_band"),
+               "local PCA, quantile stop": dict(), "local PCA, tau .7, quantile stop": dict(tau=0.7),
+               "local PCA, tau .7, w 2": dict(tau=0.7, w=2.0)},
+}
+
+
+def classifier(name: str, seed: int, dataset: Dataset):
+    """(model, its run) for one row of MODELS, trained once."""
+    run = train(TrainConfig.make("fashion_mini", **TRAINING | MODELS[name] | dict(seed=seed)), dataset, verbose=False)
+    return load_model(run.folder / "final.pt", classes=len(dataset.classes)), run
+
+
+def measure(part: str, models: list[str], seeds: int, n: int, reference: str) -> dict[str, Any]:
+    """All rows of a part, every model and seed."""
+    dataset = load_dataset("fashion_mini")
+    extractor = extractor_for(dataset)
+    rows, per_class, protocols, used = [], [], [], []
+    for name in models:
+        for seed in range(seeds):
+            model, run = classifier(name, seed, dataset)
+            began = time.perf_counter()
+            sets = {k: generate(model, dataset, n, seed=seed, **settings) for k, settings in PARTS[part].items()}
+            table = metrics_table(sets, dataset, extractor, reference)
+            tag = dict(model=name, seed=seed)
+            record = table.record()
+            rows += [tag | r for r in record["overall"]]
+            per_class += [tag | r for r in record["per_class"]]
+            for key, s in sets.items():
+                used.append(tag | dict(images=key) | s.statistics())
+            protocols.append({k: v for k, v in record["protocol"].items() if k != "samples"} | tag | dict(
+                model_sha256=next(iter(sets.values())).record["model_sha256"], test={k: run.final["last"][k] for k in ("clean", "pgd")},
+                training=run.config["train"]))
+            print(f"{part}, {name}, seed {seed}: {time.perf_counter() - began:.0f} s", flush=True)
+    return dict(part=part, n=n, reference=reference, settings=PARTS[part], protocols=protocols, rows=rows, per_class=per_class,
+                chains=used)
+
+
+def summary(record: dict[str, Any]) -> pd.DataFrame:
+    """Mean over seeds, and the spread of the Frechet distance."""
+    rows = pd.DataFrame(record["rows"])
+    columns = ["CFD", "CKD", "precision", "recall", "agreement", "pairwise L2", "nearest-train L2", "near copies", "steps", "s / 1000"]
+    groups = rows.groupby(["model", "images"], sort=False)
+    out = groups[columns].mean()
+    out.insert(1, "CFD min", groups["CFD"].min())
+    out.insert(2, "CFD max", groups["CFD"].max())
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--n", type=int, default=500)
+    parser.add_argument("--reference", default="test", choices=("test", "train"))
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    for part in options.parts.split(","):
+        record = measure(part, options.models.split(","), options.seeds, options.n, options.reference)
+        write_json(options.out / f"{part}.json", record)
+        print(summary(record).round(2).to_string(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -110,8 +110,8 @@ class TrainConfig:
     regularizer: str = _opt("none", "added to the method's loss", choices=REGULARIZER_NAMES)
     variant: str = _opt("segment", "DER: which energies are smoothed, and where", choices=VARIANT_NAMES)
     penalty: str = _opt("abs", "DER: what is averaged of the differences", choices=("abs", "square", "huber"))
-    weight: str | float = _opt(AUTO, "lambda; auto: 4 (der), 0.02*10^(eps*255/8) up to 2 (gradalign), 50 (elle)", auto="float")
-    warmup: float = _opt(0.3, "share of training over which lambda rises linearly from 0 (der, elle)", low=0)
+    weight: str | float = _opt(AUTO, "lambda; auto: 8 (der), 0.02*10^(eps*255/8) up to 2 (gradalign), 50 (elle)", auto="float")
+    warmup: float = _opt(0.15, "share of training over which lambda rises linearly from 0 (der, elle)", low=0)
     # optimisation
     epochs: int = _opt(30, "epochs", paper="30 (N-FGSM), 200 (Rice), 100 (WEAT)", low=1)
     batch_size: int = _opt(128, "batch size", paper="128", low=1)
@@ -196,7 +196,7 @@ class TrainConfig:
         """lambda of the regulariser, with 'auto' resolved. GradAlign: 0.02 * 10^(eps*255/8), at most its value at 16/255."""
         if self.weight != AUTO:
             return self.weight
-        return {"none": 0.0, "der": 4.0, "elle": 50.0, "gradalign": min(0.02 * 10 ** (self.eps * 255 / 8), 2.0)}[self.regularizer]
+        return {"none": 0.0, "der": 8.0, "elle": 50.0, "gradalign": min(0.02 * 10 ** (self.eps * 255 / 8), 2.0)}[self.regularizer]
 
     def as_dict(self) -> dict[str, Any]:
         """A plain dict that JSON can hold and ``TrainConfig(**d)`` reads back."""
@@ -270,8 +270,12 @@ _MINI = dict(dataset="fashion_mini", model="small_cnn", width=8, precision="fp64
 PRESETS: dict[str, Preset] = {
     "fashion_mini": Preset("bundled data, small net, float64: same digits on every CPU; single-step training at eps 0.2",
                            _MINI | dict(train_size=3000, epochs=30, eps=0.2)),
+    "fashion_co": Preset("bundled data, FGSM at a radius where it collapses: catastrophic overfitting",
+                         _MINI | dict(method="fgsm", train_size=3000, epochs=24, eps=0.22, eval_size=100, probe_size=64,
+                                      final_size=500)),
     "fashion_ro": Preset("bundled data, long PGD training on few images: robust overfitting",
-                         _MINI | dict(train_size=1000, epochs=60, eps=0.1, method="pgd", steps=7)),
+                         _MINI | dict(train_size=500, epochs=50, eps=0.1, method="pgd", steps=5, schedule="piecewise",
+                                      eval_size=200, probe_size=100, final_size=500)),
     "fashion_mnist": Preset("full Fashion-MNIST, small net", dict(dataset="fashion_mnist", model="small_cnn", width=16, epochs=15, eps=0.2)),
     "cifar10": Preset("paper scale: PreActResNet-18, eps 8/255, 30 epochs, triangular LR 0.2 (Wong et al. 2020, N-FGSM 2022)", _FAST),
     "wong2020": Preset("RS-FGSM, 15 epochs (arXiv 2001.03994)", _FAST | dict(epochs=15)),

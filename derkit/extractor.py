@@ -1,12 +1,12 @@
-"""Feature extractors of the metrics: a small separately trained one for offline use, and Inception by path.
+"""The feature extractor of the offline metrics: small, separately trained, known to torch-fidelity under its hash.
 
-The small one is not robust and of another architecture than the kit's classifiers: a generator must never be judged by
+It is not robust and of another architecture than the kit's classifiers: a generator must never be judged by
 the classifier that it descends on. It is trained by scripts/train_extractor.py; its weights' hash is part of its name.
 """
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,9 +23,6 @@ from derkit.data import Dataset
 from derkit.data_sources import home
 from derkit.errors import CheckpointError, DerkitError
 
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-INCEPTION_PREFIX = "6726825d"  # of the file's sha256
-INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 FASHION_SHA256 = "c1fedbe10dd6788e4476b444204431aa5d4e0dbdd235225a207dfc6310e840f6"
 BUNDLED = {  # data set -> file in derkit/assets, sha256 of its weights
     "fashion_mini": ("extractor_fashion.pt", FASHION_SHA256),
@@ -152,8 +149,6 @@ def register(net: ExtractorNet, sha256: str) -> str:
     package = torch_fidelity()
     name = f"derkit-{sha256[:8]}"
     if name not in package.registry.FEATURE_EXTRACTORS_REGISTRY:
-        import copy
-
         cls = _fidelity_class(package.FeatureExtractorBase, lambda: copy.deepcopy(net).cpu())
         package.register_feature_extractor(name, cls)
     return name
@@ -165,8 +160,8 @@ def load_extractor(path: str | os.PathLike, sha256: str | None = None) -> Extrac
     content = load_checkpoint(path)
     spec = dict(content["spec"])
     if spec.pop("name", None) != "extractor":
-        raise CheckpointError(f"{path} holds {content['variant']}, not a feature extractor: a classifier of the kit must "
-                              "not judge its own samples. Train one with scripts/train_extractor.py.")
+        raise CheckpointError(f"{path} holds {content['variant']}, not a feature extractor: a classifier of the kit "
+                              "must not judge its own samples. Train one with scripts/train_extractor.py.")
     if sha256 is not None and content["sha256"] != sha256:
         raise CheckpointError(f"{path}: weights {content['sha256'][:8]}, expected {sha256[:8]}. Reinstall derkit.")
     net = ExtractorNet(**spec)
@@ -190,51 +185,12 @@ def extractor_for(dataset: Dataset | str, path: str | os.PathLike | None = None)
     else:
         own = home() / "extractors" / f"{name}.pt"
         if not own.is_file():
-            raise DerkitError(f"no feature extractor for {name}. Train one (minutes): python scripts/train_extractor.py "
-                              f"--dataset {name} --out {own}, or pass path=FILE, or use inception(path).")
+            raise DerkitError(f"no feature extractor for {name}. Train one (minutes): python scripts/train_extractor.py"
+                              f" --dataset {name} --out {own}, or pass path=FILE, or use inception(path).")
         extractor = load_extractor(own)
     if not isinstance(dataset, str):
         net, found = extractor.net, (dataset.channels, len(dataset.classes))
         if (net.spec["channels"], net.spec["classes"]) != found:
-            raise DerkitError(f"extractor {extractor.name} takes {net.spec['channels']} channels and {net.spec['classes']} "
-                              f"classes, the data has {found[0]} and {found[1]}.")
+            made_for = f"{net.spec['channels']} channels and {net.spec['classes']} classes"
+            raise DerkitError(f"extractor {extractor.name} takes {made_for}, the data has {found[0]} and {found[1]}.")
     return extractor
-
-
-# ------------------------------------------------------------------------------------------------------ Inception
-def find_inception(path: str | os.PathLike | None = None) -> Path | None:
-    """The Inception file: ``path`` (a file or its folder), $DERKIT_INCEPTION, or torch hub's checkpoints; else None."""
-    if path:
-        places = [Path(path).expanduser()]
-    else:
-        named = os.environ.get("DERKIT_INCEPTION")
-        places = [Path(named).expanduser()] if named else []
-        places += [Path(torch.hub.get_dir()) / "checkpoints", home()]
-    for place in places:
-        file = place / INCEPTION_FILE if place.is_dir() else place
-        if file.is_file():
-            return file
-    return None
-
-
-def inception(path: str | os.PathLike | None = None, required: bool = False) -> Extractor | None:
-    """Inception-v3 (the TensorFlow weights of 2015 that FID is defined with), from a file whose sha256 is checked.
-
-    Without the file: DerkitError that says where to get it if ``required``, else one printed line and None.
-    A file with another sha256 is never loaded: DerkitError.
-    """
-    torch_fidelity()
-    file = find_inception(path)
-    if file is None:
-        text = (f"IS, FID and KID need {INCEPTION_FILE}{f' (not found at {path})' if path else ''}. Download {INCEPTION_URL} "
-                "once (91 MB) and pass its path, or set DERKIT_INCEPTION.")
-        if required:
-            raise DerkitError(text)
-        print(f"Inception metrics are skipped: {text}")
-        return None
-    with open(file, "rb") as f:
-        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-    if not sha256.startswith(INCEPTION_PREFIX):
-        raise DerkitError(f"{file} has sha256 {sha256[:8]}..., expected {INCEPTION_PREFIX}...: damaged, or another file. "
-                          f"Download {INCEPTION_URL} again.")
-    return Extractor("inception-v3-compat", "I", sha256, path=file, info=dict(weights=INCEPTION_FILE))

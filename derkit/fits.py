@@ -91,7 +91,8 @@ class Pool:
 
 
 # -------------------------------------------------------------------------------------------------------- caching
-def cached(kind: str, key: Sequence[Any], make: Callable[[], dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
+def cached(kind: str, key: Sequence[Any], make: Callable[[], dict[str, Tensor]],
+           device: torch.device) -> dict[str, Tensor]:
     """Tensors from DERKIT_HOME/cache, or made and kept there. A damaged file is made anew, an unwritable cache is
     skipped."""
     name = hashlib.sha256(repr(tuple(key)).encode()).hexdigest()[:16]
@@ -128,7 +129,8 @@ def fit_pool(dataset: Dataset, classes: Sequence[int], *, pca: float | None = No
     class.
     """
     least = k + 1 if k else 2
-    rows = class_rows(dataset, classes, least, f"k={k} neighbours beside the anchor need {least} images" if k else "an init needs 2 images")
+    why = f"k={k} neighbours beside the anchor need {least} images" if k else "an init needs 2 images"
+    rows = class_rows(dataset, classes, least, why)
     images, device = dataset.train.images, dataset.train.images.device
     pool = Pool(images, rows, {}, {}, dtype)
     if not (k or pca):

@@ -14,16 +14,17 @@ from derkit.gen_config import GenerateConfig, help_text
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m derkit.generation", description="Images from a classifier read as an "
-                                     "energy-based model.", epilog=help_text(), formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint of derkit.training (final.pt, best.pt)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one field of the config; repeatable")
+    parser = argparse.ArgumentParser("python -m derkit.generation", epilog=help_text(),
+                                     description="Images from a classifier read as an energy-based model.",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="final.pt or best.pt of a training run")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one field; repeatable")
     parser.add_argument("--folder", help="where the shards go; default: DERKIT_HOME/generated/<name>-<hash>")
     parser.add_argument("--fresh", action="store_true", help="replace what the folder holds")
     parser.add_argument("--dataset", help="default: the data that the checkpoint was trained on")
     parser.add_argument("--data-dir", help="where to look for the data")
-    parser.add_argument("--device", default=AUTO, help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--measure", action="store_true", help="print the metrics table afterwards (needs derkit[eval])")
+    parser.add_argument("--device", default=AUTO, help="auto, cpu, cuda, cuda:1")
+    parser.add_argument("--measure", action="store_true", help="print the metrics table afterwards (derkit[eval])")
     parser.add_argument("--inception", metavar="FILE", help="Inception weights for IS, FID and KID in the table")
     return parser
 
@@ -42,9 +43,10 @@ def _load(options: argparse.Namespace):
     except TypeError as error:
         raise CheckpointError(f"{options.checkpoint} has no training config of this kit ({error}).") from error
     same = options.dataset in (None, trained.dataset)
+    sizes = dict(train_size=trained.train_size if same else 0, valid_size=trained.valid_size,
+                 image_size=trained.image_size or None)
     dataset = load_dataset(options.dataset or trained.dataset, options.data_dir or trained.data_dir or None, device,
-                           download=trained.download, train_size=trained.train_size if same else 0, valid_size=trained.valid_size,
-                           image_size=trained.image_size or None, progress=progress)
+                           download=trained.download, progress=progress, **sizes)
     return load_model(options.checkpoint, classes=len(dataset.classes), device=device), dataset
 
 
@@ -59,10 +61,12 @@ def main(argv: list[str] | None = None) -> int:
         from derkit.generation import generate
 
         name = f"{dataset.name}-{config.init}-{config.stop}-n{config.n}-s{config.seed}"
-        folder = options.folder or home() / "generated" / f"{name}-{config.hash(state_hash(model.state_dict()), dataset.sha256)}"
+        key = config.hash(state_hash(model.state_dict()), dataset.sha256)
+        folder = options.folder or home() / "generated" / f"{name}-{key}"
         samples = generate(model, dataset, config=config, folder=folder, fresh=options.fresh)
         print(f"samples: {folder}")
-        print(json.dumps({k: v for k, v in samples.record.items() if isinstance(v, int | float) and k != "seed"}, indent=1))
+        numbers = {k: v for k, v in samples.record.items() if isinstance(v, int | float) and k != "seed"}
+        print(json.dumps(numbers, indent=1))
         if options.measure or options.inception:
             _measure(samples, dataset, options.inception)
     except DerkitError as error:
@@ -72,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _measure(samples, dataset, inception_path: str | None) -> None:
-    from derkit.extractor import extractor_for, inception
+    from derkit.extractor import extractor_for
+    from derkit.inception import inception
     from derkit.metrics import metrics_table
 
     extractor = inception(inception_path, required=True) if inception_path else extractor_for(dataset)

@@ -34,8 +34,8 @@ def _mosaic(rows: Sequence[Sequence[Tensor | None]], left: Sequence[str], top: S
             size: float = 0.62, save: str | Path | None = None, under: Sequence[Sequence[str]] | None = None) -> None:
     """Rows of images, with words on the left, above, and under single images."""
     columns = max(map(len, rows))
-    figure, axes = plt.subplots(len(rows), columns, squeeze=False,
-                                figsize=(size * columns + 1.0, (size + 0.16 * bool(under)) * len(rows) + 0.5 * bool(top or title)))
+    height = (size + 0.16 * bool(under)) * len(rows) + 0.5 * bool(top or title)
+    figure, axes = plt.subplots(len(rows), columns, squeeze=False, figsize=(size * columns + 1.0, height))
     for i, row in enumerate(rows):
         for j, axis in enumerate(axes[i]):
             axis.set(xticks=[], yticks=[])
@@ -61,10 +61,12 @@ def sample_grid(images: Tensor, labels: Tensor, names: Sequence[str], columns: i
     _mosaic([list(images[labels == c][:columns]) for c in classes], [names[c] for c in classes], title=title, save=save)
 
 
-def start_and_result(samples: Samples, names: Sequence[str], n: int = 10, title: str = "", save: str | Path | None = None) -> None:
+def start_and_result(samples: Samples, names: Sequence[str], n: int = 10, title: str = "",
+                     save: str | Path | None = None) -> None:
     """The first n samples: x0 above, the result under it, with class and steps."""
-    _mosaic([list(samples.x0[:n]), list(samples.images[:n])], ["x0", "result"], [names[c] for c in samples.labels[:n]], title,
-            under=[[""] * n, [f"{s} steps" for s in samples.steps[:n].tolist()]], size=0.8, save=save)
+    top, words = [names[c] for c in samples.labels[:n].tolist()], [f"{s} steps" for s in samples.steps[:n].tolist()]
+    rows = [list(samples.x0[:n]), list(samples.images[:n])]
+    _mosaic(rows, ["x0", "result"], top, title, size=0.8, save=save, under=[[""] * n, words])
 
 
 def compare_sets(sets: Mapping[str, Tensor], labels: Tensor, names: Sequence[str], columns: int = 10, title: str = "",
@@ -93,22 +95,23 @@ def save_gif(chains: Chains, path: str | Path, columns: int = 8, zoom: int = 3, 
         page = Image.fromarray((sheet * 255).round().astype(np.uint8))
         pages.append(page.resize((page.width * zoom, page.height * zoom), Image.Resampling.NEAREST))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    pages[0].save(path, save_all=True, append_images=pages[1:], loop=0, duration=[milliseconds] * (len(pages) - 1) + [1000])
+    durations = [milliseconds] * (len(pages) - 1) + [1000]
+    pages[0].save(path, save_all=True, append_images=pages[1:], loop=0, duration=durations)
 
 
-def nearest_neighbours(samples: Samples, train: Tensor, names: Sequence[str], n: int = 10, save: str | Path | None = None) -> None:
+def nearest_neighbours(samples: Samples, train: Tensor, names: Sequence[str], n: int = 10,
+                       save: str | Path | None = None) -> None:
     """The first n samples above their nearest training images (L2 in pixels of [0, 1], written underneath)."""
     distance, index = nearest(samples.images[:n], train)
-    _mosaic([list(samples.images[:n]), list(train[index.to(train.device)])], ["sample", "nearest train"],
-            [names[c] for c in samples.labels[:n].tolist()], under=[[""] * n, [f"L2 {d:.1f}" for d in distance.tolist()]],
-            size=0.8, save=save)
+    top, words = [names[c] for c in samples.labels[:n].tolist()], [f"L2 {d:.1f}" for d in distance.tolist()]
+    rows = [list(samples.images[:n]), list(train[index.to(train.device)])]
+    _mosaic(rows, ["sample", "nearest train"], top, size=0.8, save=save, under=[[""] * n, words])
 
 
 def interpolation(chains: Chains, save: str | Path | None = None) -> None:
     """`Job.between`: the starts between two local-PCA points above what they become."""
-    points = len(chains.labels)
-    _mosaic([list(chains.x0), list(chains.x)], ["x0(t)", "result"], [f"t={t:.2f}" for t in np.linspace(0, 1, points)], size=0.8,
-            save=save)
+    top = [f"t={t:.2f}" for t in np.linspace(0, 1, len(chains.labels))]
+    _mosaic([list(chains.x0), list(chains.x)], ["x0(t)", "result"], top, size=0.8, save=save)
 
 
 # ------------------------------------------------------------------------------------------------------- energies
@@ -134,7 +137,8 @@ def energy_traces(chains: Chains, reference: Reference, names: Sequence[str], cl
     _finish(figure, save)
 
 
-def energy_histograms(sets: Mapping[str, np.ndarray | Tensor], xlabel: str = "E(x, y)", save: str | Path | None = None) -> None:
+def energy_histograms(sets: Mapping[str, np.ndarray | Tensor], xlabel: str = "E(x, y)",
+                      save: str | Path | None = None) -> None:
     """Densities of energies as outlines: real images, starts, results."""
     figure, axis = plt.subplots(figsize=(5.6, 3.2))
     values = {k: np.asarray(v, dtype=float) for k, v in sets.items()}
@@ -155,7 +159,8 @@ def steps_histogram(sets: Mapping[str, Samples], save: str | Path | None = None)
     most = max(int(s.steps.max()) for s in sets.values())
     at = np.arange(most + 1)
     for i, (name, s) in enumerate(sets.items()):
-        _line(axis, at, [(s.steps > t).double().mean().item() for t in at], i, f"{name}: {s.steps.double().mean():.1f} on average")
+        moving = [(s.steps > t).double().mean().item() for t in at]
+        _line(axis, at, moving, i, f"{name}: {s.steps.double().mean():.1f} on average")
     axis.set(xlabel="step", ylabel="share of chains still moving", ylim=(-0.02, 1.02))
     axis.legend(fontsize=8)
     _finish(figure, save)

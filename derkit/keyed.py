@@ -45,7 +45,8 @@ def words(index: Tensor, count: int, seed: int, purpose: str, step: int = 0) -> 
     return philox(counter, (seed & MASK, seed >> 32 & MASK)).flatten(1)[:, :count]
 
 
-def uniform(index: Tensor, count: int, seed: int, purpose: str, step: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+def uniform(index: Tensor, count: int, seed: int, purpose: str, step: int = 0,
+            dtype: torch.dtype = torch.float32) -> Tensor:
     """(B, count) numbers in [0, 1), uniform on a grid of 2^-32 (2^-24 in float32)."""
     bits = words(index, count, seed, purpose, step)
     if dtype == torch.float64:
@@ -53,10 +54,11 @@ def uniform(index: Tensor, count: int, seed: int, purpose: str, step: int = 0, d
     return (bits >> 8).to(dtype) / 2**24
 
 
-def normal(index: Tensor, count: int, seed: int, purpose: str, step: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(B, count) standard normal numbers (Box-Muller; up to 6.7 standard deviations)."""
+def normal(index: Tensor, count: int, seed: int, purpose: str, step: int = 0,
+           dtype: torch.dtype = torch.float32) -> Tensor:
+    """(B, count) standard normal numbers (Box-Muller, up to 6.7). A longer row begins as a short one."""
     half = -(-count // 2)
-    bits = words(index, 2 * half, seed, purpose, step)
-    radius = (-2 * ((bits[:, :half] + 0.5).to(dtype) / 2**32).log()).clamp_min(0).sqrt()
-    angle = 2 * math.pi / 2**32 * bits[:, half:].to(dtype)
-    return torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :count]
+    bits = words(index, 2 * half, seed, purpose, step).view(len(index), half, 2)
+    radius = (-2 * ((bits[..., 0] + 0.5).to(dtype) / 2**32).log()).clamp_min(0).sqrt()
+    angle = 2 * math.pi / 2**32 * bits[..., 1].to(dtype)
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten(1)[:, :count]

@@ -69,9 +69,10 @@ def fidelity(images: Tensor, real: Tensor, extractor: Extractor, *, only: str = 
     options: dict[str, Any] = dict(feature_extractor_weights_path=str(extractor.path)) if rgb else {}
     with torch.random.fork_rng(devices=[]):
         found = package.calculate_metrics(
-            input1=_Images(images, rgb), input2=_Images(real, rgb), feature_extractor=extractor.name, isc=every, fid=every,
-            prc=every, kid=True, cuda=torch.cuda.is_available() if cuda is None else cuda, batch_size=batch_size,
-            save_cpu_ram=True, cache=False, verbose=False, **protocol(len(images), len(real)), **options)
+            input1=_Images(images, rgb), input2=_Images(real, rgb), feature_extractor=extractor.name, isc=every,
+            fid=every, prc=every, kid=True, cuda=torch.cuda.is_available() if cuda is None else cuda,
+            batch_size=batch_size, save_cpu_ram=True, cache=False, verbose=False,
+            **protocol(len(images), len(real)), **options)
     names = dict(zip(("inception_score_mean", "frechet_inception_distance", "kernel_inception_distance_mean"),
                      extractor.columns, strict=True)) | {"precision": "precision", "recall": "recall"}
     return {new: float(found[old]) for old, new in names.items() if old in found}
@@ -112,11 +113,18 @@ class MetricsTable:
 
     def record(self) -> dict[str, Any]:
         """Everything as plain values for JSON."""
+        def plain(value: Any) -> Any:
+            value = value.item() if isinstance(value, np.generic) else value
+            return None if isinstance(value, float) and np.isnan(value) else value
+
         def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-            table = table.astype(object).where(table.notna(), None).reset_index()
-            return [{str(k): v.item() if isinstance(v, np.generic) else v for k, v in r.items()} for r in table.to_dict("records")]
+            return [{str(k): plain(v) for k, v in row.items()} for row in table.reset_index().to_dict("records")]
 
         return dict(protocol=self.protocol, overall=rows(self.overall), per_class=rows(self.per_class))
+
+
+def _cpu(split: Split) -> Split:
+    return Split(split.images.cpu(), split.labels.cpu())
 
 
 def _balanced(split: Split, n: int, classes: list[int]) -> Split:
@@ -125,8 +133,8 @@ def _balanced(split: Split, n: int, classes: list[int]) -> Split:
     return split.take(torch.cat(index))
 
 
-def _measure(images: Tensor, labels: Tensor, real: Split, extractor: Extractor, names: list[str], near: tuple[Tensor, Tensor],
-             real_distance: Tensor) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def _measure(images: Tensor, labels: Tensor, real: Split, extractor: Extractor, names: list[str],
+             near: tuple[Tensor, Tensor], real_distance: Tensor) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """(overall row, rows per class) of one set of images."""
     logits, spread = extractor.logits(images), pairwise(images, labels)
     agree = None if logits is None else (logits.argmax(1) == labels.to(logits.device)).double().cpu()
@@ -145,7 +153,8 @@ def _measure(images: Tensor, labels: Tensor, real: Split, extractor: Extractor, 
     return {"n": len(images)} | row, per_class
 
 
-def metrics_table(samples: Mapping[str, Samples], dataset: Dataset, extractor: Extractor, reference: str = "test") -> MetricsTable:
+def metrics_table(samples: Mapping[str, Samples], dataset: Dataset, extractor: Extractor,
+                  reference: str = "test") -> MetricsTable:
     """All metrics of one or more sets of samples, with the rows that make them readable:
 
     - floor: real images that are not in the reference (train for 'test', test otherwise), as many as there are
@@ -156,7 +165,8 @@ def metrics_table(samples: Mapping[str, Samples], dataset: Dataset, extractor: E
     Columns: n; CIS, CFD, CKD (Inception: IS, FID, KID); precision, recall; agreement (share of images that the
     extractor assigns to their class); pairwise L2 inside classes; nearest-train L2; near copies (share nearer to a
     training image than 99 % of real test images); saturated pixels; steps; s / 1000 images. Energies and class labels
-    of the generating classifier enter nowhere. reference: 'test' or 'train', the real images of every row. Raises
+    of the generating classifier enter nowhere.
+    reference: 'test' or 'train', the real images of every row. Raises
     DerkitError for sets of different sizes or data, and where the extractor is the generating classifier.
     """
     if not samples:
@@ -166,23 +176,25 @@ def metrics_table(samples: Mapping[str, Samples], dataset: Dataset, extractor: E
     first = next(iter(samples.values()))
     for name, s in samples.items():
         if len(s) != len(first) or set(s.labels.tolist()) != set(first.labels.tolist()):
-            raise DerkitError(f"{name!r} has {len(s)} images, another set {len(first)} (or other classes): distances of different "
-                              "sizes are not comparable and never stand in one table.")
+            raise DerkitError(f"{name!r} has {len(s)} images, another set {len(first)} (or other classes): distances "
+                              "of different sizes are not comparable and never stand in one table.")
         if s.record.get("data_sha256", dataset.sha256) != dataset.sha256:
             raise DerkitError(f"{name!r} was generated from other data than {dataset.name}.")
         if s.record.get("model_sha256") == extractor.sha256:
             raise DerkitError("the extractor is the classifier that generated the samples: it must be another one.")
     classes = sorted(set(first.labels.tolist()))
-    cpu = {k: Split(*(t.cpu() for t in (getattr(dataset, k).images, getattr(dataset, k).labels))) for k in ("train", "test")}
+    cpu = {"train": _cpu(dataset.train), "test": _cpu(dataset.test)}
     real = _balanced(cpu[reference], len(cpu[reference]), classes)
     other = _balanced(cpu["train" if reference == "test" else "test"], len(first), classes)
     train = dataset.train.images
     test_distance = nearest(cpu["test"].images, train)[0]
     noise = torch.randint(0, 256, first.images.shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    sets: dict[str, tuple[Tensor, Tensor, dict[str, Any]]] = {FLOOR: (other.images, other.labels, {}), CEILING: (noise, first.labels, {})}
+    sets: dict[str, tuple[Tensor, Tensor, dict[str, Any]]] = {}
+    sets[FLOOR], sets[CEILING] = (other.images, other.labels, {}), (noise, first.labels, {})
     for name, s in samples.items():
         sets[f"{name}: x0 only"] = (s.x0, s.labels, dict(steps=0.0))
-        sets[name] = (s.images, s.labels, {"steps": s.steps.double().mean().item(), "s / 1000": s.record.get("seconds_per_1000")})
+        cost = {"steps": s.steps.double().mean().item(), "s / 1000": s.record.get("seconds_per_1000")}
+        sets[name] = (s.images, s.labels, cost)
     overall, per_class, known = [], [], {}
     for name, (images, labels, more) in progress(sets.items(), desc="metrics"):
         key = hashlib.sha256(images.contiguous().numpy()).digest()  # runs that differ in the stop share their starts
@@ -198,4 +210,5 @@ def metrics_table(samples: Mapping[str, Samples], dataset: Dataset, extractor: E
                 dataset=dataset.name, source=dataset.source, data_sha256=dataset.sha256, selection="none",
                 quantised="uint8, rounded", **protocol(len(first), len(real)),
                 samples={name: {k: v for k, v in s.record.items() if k != "shards"} for name, s in samples.items()})
-    return MetricsTable(pd.DataFrame(overall).set_index("images"), pd.DataFrame(per_class).set_index(["images", "class"]), info)
+    classwise = pd.DataFrame(per_class).set_index(["images", "class"])
+    return MetricsTable(pd.DataFrame(overall).set_index("images"), classwise, info)

@@ -64,7 +64,8 @@ def quantile(check: Check, config: GenerateConfig) -> Tensor:
     return check.joint <= check.target
 
 
-STOPS: dict[str, Callable[[Check, GenerateConfig], Tensor]] = {"fixed": fixed, "mean_band": mean_band, "quantile": quantile}
+Stop = Callable[[Check, GenerateConfig], Tensor]
+STOPS: dict[str, Stop] = {"fixed": fixed, "mean_band": mean_band, "quantile": quantile}
 
 
 # --------------------------------------------------------------------------------------------------------- energies
@@ -76,7 +77,8 @@ def guided_energy(logits: Tensor, labels: Tensor, w: float) -> Tensor:
 def readings(logits: Tensor, labels: Tensor) -> Tensor:
     """(3, B) float64: E(x, y), E(x), p(y|x)."""
     f = energy.upcast(logits).detach().double()
-    return torch.stack([energy.joint_energy(f, labels), energy.marginal_energy(f), (-energy.cross_entropy(f, labels)).exp()])
+    prob = (-energy.cross_entropy(f, labels)).exp()
+    return torch.stack([energy.joint_energy(f, labels), energy.marginal_energy(f), prob])
 
 
 # ---------------------------------------------------------------------------------------------------------- result
@@ -109,7 +111,8 @@ def _limits(reference: Reference | None, index: Tensor, labels: Tensor, config: 
         nan = torch.full(labels.shape, torch.nan, dtype=torch.float64, device=labels.device)
         return dict(target=nan, mean=nan, std=nan)
     mean, std = reference.moments(labels)
-    return dict(target=energy_targets(reference, index, labels, config.seed, config.low, config.high), mean=mean, std=std)
+    target = energy_targets(reference, index, labels, config.seed, config.low, config.high)
+    return dict(target=target, mean=mean, std=std)
 
 
 def sample(model: nn.Module, x0: Tensor, labels: Tensor, index: Tensor, config: GenerateConfig,

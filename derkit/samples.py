@@ -26,8 +26,6 @@ from derkit.errors import DerkitError
 from derkit.records import atomic_write
 from derkit.sampler import Chains
 
-FLOATS = ("joint", "marginal", "prob", "joint0", "marginal0", "prob0", "target")
-
 
 @dataclass
 class Samples:
@@ -62,9 +60,9 @@ class Samples:
     def statistics(self) -> dict[str, float]:
         """Steps used, share of chains that never moved, that reached their stop, that the classifier calls y;
         saturated pixels."""
-        return dict(n=len(self), steps=self.steps.double().mean().item(), stopped_at_0=(self.steps == 0).double().mean().item(),
-                    reached=self.reached.double().mean().item(), prob=self.prob.mean().item(),
-                    saturated=saturated(self.images), saturated_x0=saturated(self.x0))
+        return dict(n=len(self), steps=self.steps.double().mean().item(),
+                    stopped_at_0=(self.steps == 0).double().mean().item(), reached=self.reached.double().mean().item(),
+                    prob=self.prob.mean().item(), saturated=saturated(self.images), saturated_x0=saturated(self.x0))
 
 
 ARRAYS = tuple(name for name in Samples.__dataclass_fields__ if name != "record")
@@ -118,8 +116,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        raise DerkitError(f"could not write {path} ({error.strerror}). Nothing half-written is kept and finished files stay: "
-                          f"{'free some space' if full else 'make the folder writable'} and run the same again to go on.") from error
+        remedy = "free some space" if full else "make the folder writable"
+        raise DerkitError(f"could not write {path} ({error.strerror}). Nothing half-written is kept and finished files "
+                          f"stay: {remedy} and run the same again to go on.") from error
 
 
 def read_shard(path: Path, start: int, stop: int) -> Samples | None:
@@ -148,14 +147,14 @@ def load_samples(folder: str | Path) -> Samples:
     if not (folder / "manifest.json").is_file():
         raise DerkitError(f"{folder} is not a folder of samples (no manifest.json).")
     if not (folder / "summary.json").is_file():
-        raise DerkitError(f"{folder} is not finished (no summary.json): run its generation again, it goes on where it stopped.")
+        raise DerkitError(f"{folder} is not finished (no summary.json): run its generation again, it goes on.")
     manifest, summary = (json.loads((folder / f"{k}.json").read_text()) for k in ("manifest", "summary"))
     n, size = manifest["config"]["n"], manifest["config"]["shard_size"]
     parts = []
     for i, start in enumerate(range(0, n, size)):
         part = read_shard(shard_path(folder, i), start, min(n, start + size))
         if part is None:
-            raise DerkitError(f"{shard_path(folder, i)} is missing or damaged: delete {folder / 'summary.json'} and run the "
-                              "generation again, it makes only what is missing.")
+            raise DerkitError(f"{shard_path(folder, i)} is missing or damaged: delete {folder / 'summary.json'} and "
+                              "run the generation again, it makes only what is missing.")
         parts.append(part)
     return concatenate(parts, manifest | summary)

@@ -45,9 +45,9 @@ class Reference:
         """Raise DerkitError if one of the classes has no correctly classified image."""
         for c in classes:
             if not self.counts[c]:
-                raise DerkitError(f"{why} needs real energies, but the model classifies none of the {self.total[c]} {self.split} "
-                                  f"images of class {self.names[c]!r} correctly. Use stop=fixed with best_of=1, another "
-                                  "classifier, or classes=... without it.")
+                images = f"{self.total[c]} {self.split} images of class {self.names[c]!r}"
+                raise DerkitError(f"{why} needs real energies, but the model classifies none of the {images} right. "
+                                  "Use stop=fixed with best_of=1, another classifier, or classes=... without it.")
 
     def quantile(self, labels: Tensor, u: Tensor) -> Tensor:
         """q_c(u) per chain, (B,): the u quantile of its class's real E(x, y), linear between order statistics."""
@@ -64,7 +64,8 @@ class Reference:
         return mean[labels], std[labels]
 
 
-def reference_energies(model: nn.Module, dataset: Dataset, split: str = "train", model_sha256: str | None = None) -> Reference:
+def reference_energies(model: nn.Module, dataset: Dataset, split: str = "train",
+                       model_sha256: str | None = None) -> Reference:
     """`Reference` of a model on a split, cached under the hashes of both. One forward pass over the split, in eval
     mode.
 
@@ -94,7 +95,8 @@ def _by_class(logits: Tensor, labels: Tensor, classes: int) -> dict[str, Tensor]
         return torch.cat([values[y == c].sort().values for c in range(classes)])
 
     start = torch.cat([y.new_zeros(1), torch.bincount(y, minlength=classes).cumsum(0)])
-    return dict(joint=sort(joint), marginal=sort(marginal), start=start, total=torch.bincount(labels, minlength=classes))
+    total = torch.bincount(labels, minlength=classes)
+    return dict(joint=sort(joint), marginal=sort(marginal), start=start, total=total)
 
 
 def energy_targets(reference: Reference, index: Tensor, labels: Tensor, seed: int, low: float, high: float) -> Tensor:

@@ -30,6 +30,7 @@ CASES = {
     "pgd restarts": (pgd, dict(steps=3, restarts=2)),
     "pgd decay": (pgd, dict(steps=3, decay=True, any_iterate=True)),
     "pgd 0 steps": (pgd, dict(steps=0)),
+    "pgd l2 0 steps": (pgd, dict(steps=0, norm="l2")),
 }
 every_attack = pytest.mark.parametrize("attack, options", CASES.values(), ids=CASES)
 
@@ -83,6 +84,12 @@ def test_range_ball_and_shape(attack, options, trained, batch, seeded):
     else:
         limit = EPS if attack is not n_fgsm else 3 * EPS
         assert (x_adv - x).abs().max() <= limit + 1e-6
+
+
+def test_small_noise_of_the_kl_start_stays_in_the_ball(trained, batch, seeded):
+    """TRADES starts from x + 0.001 N(0, 1), which may be further away than eps."""
+    x, y = batch
+    assert (pgd(trained, x, y, 1e-4, steps=0, loss="kl", generator=seeded()) - x).abs().max() <= 1e-4 + 1e-7
 
 
 def test_n_fgsm_may_leave_the_ball(trained, batch, seeded):
@@ -205,17 +212,21 @@ def test_choice_of_targets(seeded):
         attacks.choose_targets(logits, y, "nearest")
 
 
-def test_targeted_restarts_keep_a_hit(trained, batch, seeded):
-    """With a target, success means the target class."""
-    x, y = batch
-    goal = (y + 1) % 10
-    options = dict(steps=3, targeted=True, targets=goal)
-    hits = torch.zeros(len(y), dtype=torch.bool)
+def test_targeted_restarts_keep_a_hit(seeded):
+    """With a target, success means the target class; another wrong class does not count."""
+
+    class ThreeBands(nn.Module):
+        def forward(self, x):
+            t = x[:, 0, 0, 0]
+            return F.one_hot(torch.bucketize(t.detach(), torch.tensor([0.5, 0.57])), 3) + 0 * t[:, None]
+
+    model, x, y = ThreeBands(), torch.full((64, 1, 1, 1), 0.5), torch.zeros(64, dtype=torch.long)
+    options = dict(alpha=0.0, steps=1, targeted=True, targets=y + 2)
     generator = seeded(1)
-    for _ in range(3):
-        hits |= trained(pgd(trained, x, y, 0.2, generator=generator, **options)).argmax(1) == goal
-    best = pgd(trained, x, y, 0.2, restarts=3, generator=seeded(1), **options)
-    assert torch.equal(trained(best).argmax(1) == goal, hits) and hits.any()
+    found = torch.stack([model(pgd(model, x, y, 0.1, generator=generator, **options)).argmax(1) for _ in range(4)])
+    assert ((found[0] == 1) & (found == 2).any(0)).any()  # a wrong class first, the target later
+    best = pgd(model, x, y, 0.1, restarts=4, generator=seeded(1), **options)
+    assert torch.equal(model(best).argmax(1) == 2, (found == 2).any(0))
 
 
 def test_restarts_keep_any_success(seeded):

@@ -6,8 +6,11 @@ import math
 
 import pytest
 
+from derkit.attacks import BN_MODES, NORMS
 from derkit.config import DEFAULT_PRESET, PRESETS, TrainConfig, check_names, help_text, parse_eps
+from derkit.data import AUGMENTATIONS
 from derkit.errors import DerkitError
+from derkit.models import MODELS
 
 
 @pytest.mark.parametrize(
@@ -196,6 +199,12 @@ def test_hash_follows_results_only():
         base = c.change(method="pgd")
         changed = base.change(**{f.name: other if f.name != "method" else "fgsm"})
         assert (changed.hash() != base.hash()) == f.metadata["identity"], f.name
+
+
+def test_choices_match_the_tables():
+    choices = {f.name: set(f.metadata["choices"]) for f in dataclasses.fields(TrainConfig)}
+    assert choices["model"] == {*MODELS, "custom"} and choices["augment"] == set(AUGMENTATIONS)
+    assert choices["norm"] == set(NORMS) and choices["attack_bn"] == {*BN_MODES, "auto"}
 
 
 def test_frozen():

@@ -414,6 +414,15 @@ def test_channels_last_does_not_change_the_run(tiny, config, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
+def test_compiled_model_gives_the_same_run(tiny, config, tmp_path, monkeypatch):
+    """Modes, statistics and checkpoints go through the wrapper (traced only: no C++ compiler is needed)."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compiler(model, backend="eager"))
+    options = dict(epochs=1, method="rs_fgsm", regularizer="der", precision="fp64")
+    runs = [train(config(compile=f, **options), tiny, folder=tmp_path / str(f), verbose=False) for f in (False, True)]
+    assert lines(runs[0]) == lines(runs[1]) and same(weights(runs[0]), weights(runs[1]))
+
+
 def test_ema(tiny, config, tmp_path):
     """The average is what is judged and kept; the raw weights go on in last.pt."""
     run = train(config(ema=0.9), tiny, folder=tmp_path / "ema", verbose=False)

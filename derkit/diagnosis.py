@@ -22,7 +22,7 @@ from derkit.records import Run
 # -------------------------------------------------------------------------------------------- catastrophic (CO)
 @dataclass(frozen=True)
 class Onset:
-    """CO onset: ``epoch`` (from 1) in which PGD accuracy had lost half of its peak, ``step`` (from 1) of the jump that
+    """CO onset: ``epoch`` (from 1) from which PGD accuracy had lost half of its ``peak``, ``step`` (from 1) of the jump that
     led to it (largest rise of the AAE share or of the adversarial training accuracy up to that epoch)."""
 
     epoch: int
@@ -32,23 +32,24 @@ class Onset:
 
 
 def co_onset(run: Run, share: float = 0.5) -> Onset | None:
-    """Where validation PGD accuracy first fell below ``share`` of its peak, while FGSM accuracy or the running
-    adversarial training accuracy did not fall along with it; None for a healthy run.
+    """The first epoch from which validation PGD accuracy is and stays low (in three quarters of the epochs that follow).
+
+    Low: below ``share`` of its peak so far, or of half the running adversarial training accuracy (a run can collapse before
+    it was ever robust), while the FGSM or training accuracy did not fall along with it. None for a healthy run.
     """
     rows = run.epochs
     pgd, fgsm, train = (rows[c].to_numpy(float) for c in ("valid_pgd", "valid_fgsm", "train_acc"))
-    peaks = np.maximum.accumulate(pgd)
-    floor = 0.15  # below this the net has not learnt to be robust yet: a fall means nothing
-    low = (pgd < share * peaks) & (peaks > floor)
-    masked = (fgsm > 1.5 * pgd) | (train > 2 * pgd)
-    hits = np.flatnonzero(low & masked)
-    if not len(hits):
+    reference = np.maximum(np.maximum.accumulate(pgd), train / 2)
+    learnt = reference > 0.15  # below this nothing has been learnt yet, and a fall means nothing
+    low = learnt & (pgd < share * reference) & ((fgsm > 1.5 * pgd) | (train > 2 * pgd))
+    hits = [i for i in np.flatnonzero(low) if low[i:].mean() >= 0.75]
+    if not hits:
         return None
     epoch = int(hits[0]) + 1
     per_epoch = len(rows["steps"].iloc[0]["acc"])
     name = "aae" if rows["steps"].iloc[0]["aae"][0] is not None else "acc"
     series = np.array(run.steps(name), dtype=float)
-    return Onset(epoch, step_alarm(series[: epoch * per_epoch], per_epoch), float(peaks[epoch - 1]), float(pgd[epoch - 1]))
+    return Onset(epoch, step_alarm(series[: epoch * per_epoch], per_epoch), float(pgd[:epoch].max()), float(pgd[epoch - 1]))
 
 
 def co_alarms(run: Run) -> pd.DataFrame:

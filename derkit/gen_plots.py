@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from derkit.metrics import nearest
@@ -133,6 +134,7 @@ def energy_traces(chains: Chains, reference: Reference, names: Sequence[str], cl
             axis.plot(at, trace[: steps[i] + 1, i], color=COLORS[0], lw=0.9, alpha=0.8)
             axis.plot(steps[i], trace[steps[i], i], "o", color="0.1", ms=3)
         axis.set(title=names[c], xlabel="step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0, 0].set_ylabel("E(x, y)")
     _finish(figure, save)
 
@@ -143,7 +145,8 @@ def energy_histograms(sets: Mapping[str, np.ndarray | Tensor], xlabel: str = "E(
     figure, axis = plt.subplots(figsize=(5.6, 3.2))
     values = {k: np.asarray(v, dtype=float) for k, v in sets.items()}
     everything = np.concatenate(list(values.values()))
-    bins = np.linspace(*np.quantile(everything, [0.002, 0.998]), 40)
+    count = int(np.clip(min(map(len, values.values())) / 8, 10, 40))  # fewer bins for few samples
+    bins = np.linspace(*np.quantile(everything, [0.002, 0.998]), count)
     for i, (name, v) in enumerate(values.items()):
         density, _ = np.histogram(np.clip(v, bins[0], bins[-1]), bins, density=True)
         _line(axis, (bins[1:] + bins[:-1]) / 2, density, i, name)

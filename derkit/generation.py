@@ -53,7 +53,7 @@ def _range(job: Job, start: int, stop: int, desc: str) -> Samples:
     try:
         return from_chains([job.run(b) for b in progress(batches, desc=desc)])
     except torch.OutOfMemoryError as error:
-        raise DerkitError(f"out of memory with batch_size={size}: set a smaller one (what is finished is kept).") from error
+        raise DerkitError(f"out of memory with batch_size={size}: set a smaller one (finished shards stay).") from error
 
 
 def manifest(job: Job) -> dict[str, Any]:

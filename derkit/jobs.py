@@ -20,7 +20,8 @@ from derkit.errors import DerkitError, pick
 from derkit.fits import Pool, fit_pool
 from derkit.gen_config import GenerateConfig
 from derkit.inits import INITS, Draw, local_parts
-from derkit.sampler import STOPS, Chains, sample
+from derkit.sampler import Chains, sample
+from derkit.stops import STOPS
 from derkit.targets import Reference, energy_targets, reference_energies
 
 

@@ -165,9 +165,10 @@ def metrics_table(samples: Mapping[str, Samples], dataset: Dataset, extractor: E
     Columns: n; CIS, CFD, CKD (Inception: IS, FID, KID); precision, recall; agreement (share of images that the
     extractor assigns to their class); pairwise L2 inside classes; nearest-train L2; near copies (share nearer to a
     training image than 99 % of real test images); saturated pixels; steps; s / 1000 images. Energies and class labels
-    of the generating classifier enter nowhere.
-    reference: 'test' or 'train', the real images of every row. Raises
-    DerkitError for sets of different sizes or data, and where the extractor is the generating classifier.
+    of the generating classifier enter nowhere. Class-balanced sets bring the CKD of the floor slightly below 0.
+
+    reference: 'test' or 'train', the real images of every row. Raises DerkitError for sets of different sizes or data,
+    and where the extractor is the generating classifier.
     """
     if not samples:
         raise DerkitError("metrics_table needs at least one set of samples.")

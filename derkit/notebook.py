@@ -77,6 +77,9 @@ def parameters(namespace: dict[str, Any] | None = None) -> dict[str, Any]:
     return guard(shell.user_ns["In"], namespace or shell.user_ns)
 
 
+CPU_EVALUATION = dict(eval_size=64, probe_size=32, final_size=100, strong_size=32)  # where a PGD step takes seconds
+
+
 def configure(values: dict[str, Any], preset: str | None = None, other: str | None = None, **overrides: Any) -> TrainConfig:
     """The config that the parameters stand for: the data set's preset, then every parameter that is not 'auto'.
 
@@ -88,7 +91,11 @@ def configure(values: dict[str, Any], preset: str | None = None, other: str | No
     given = {k: v for k, v in values.items() if k in known and v != AUTO and not (k == "data_dir" and not v)}
     check_names(overrides)
     bundled = given.get("dataset", "fashion_mini") == "fashion_mini"
-    return TrainConfig.make(preset if bundled else other, **((overrides if bundled else {}) | given))
+    config = TrainConfig.make(preset if bundled else other, **((overrides if bundled else {}) | given))
+    if config.model != "small_cnn" and choose_device(config.device).type == "cpu":
+        print("a large model on a CPU: evaluation is cut to a few images (in Colab: Runtime > Change runtime type > GPU)")
+        config = config.change(**CPU_EVALUATION)
+    return config
 
 
 def start(config: TrainConfig) -> torch.device:
@@ -98,8 +105,6 @@ def start(config: TrainConfig) -> torch.device:
     device = choose_device(config.device)
     precision, why = choose_precision(config, device)
     print(f"device {device.type}, precision {precision} ({why})")
-    if device.type == "cpu" and config.model != "small_cnn":
-        print(f"note: {config.model} on a CPU is slow. In Colab: Runtime > Change runtime type > GPU.")
     return device
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from derkit import attacks, energy, keyed
 from derkit.gen_config import GenerateConfig
-from derkit.targets import Reference, energy_targets
+from derkit.stops import Limits
+from derkit.targets import Reference
 
 
 # ---------------------------------------------------------------------------------------------------------- steps
@@ -34,38 +35,6 @@ def normalised(grad: Tensor, eta: float) -> Tensor:
 
 
 RULES: dict[str, Callable[[Tensor, float], Tensor]] = {"normalised": normalised, "plain": plain}
-
-
-# ---------------------------------------------------------------------------------------------------------- stops
-@dataclass(frozen=True)
-class Check:
-    """What a stop rule may look at, (B,) each: the energies now, and the chain's target, class mean and class
-    deviation."""
-
-    joint: Tensor
-    target: Tensor
-    mean: Tensor
-    std: Tensor
-
-
-def fixed(check: Check, config: GenerateConfig) -> Tensor:
-    """Never: every chain takes config.steps steps."""
-    return torch.zeros_like(check.joint, dtype=torch.bool)
-
-
-def mean_band(check: Check, config: GenerateConfig) -> Tensor:
-    """(E(x, y) - mean of the class)^2 small: the two-sided band of the ECCV'24 code, whose width is nowhere stated;
-    ours is ``band`` class standard deviations. A chain that steps over the band never stops."""
-    return (check.joint - check.mean).abs() < config.band * check.std
-
-
-def quantile(check: Check, config: GenerateConfig) -> Tensor:
-    """E(x, y) <= e*: the chain has come down to the energy of a real image of its class (one-sided, our reading)."""
-    return check.joint <= check.target
-
-
-Stop = Callable[[Check, GenerateConfig], Tensor]
-STOPS: dict[str, Stop] = {"fixed": fixed, "mean_band": mean_band, "quantile": quantile}
 
 
 # --------------------------------------------------------------------------------------------------------- energies
@@ -84,12 +53,11 @@ def readings(logits: Tensor, labels: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- result
 @dataclass
 class Chains:
-    """What became of a batch of chains: images (B, C, H, W) in [0, 1], everything else (B,) unless said.
+    """What became of a batch of chains: images (n, C, H, W) in [0, 1], everything else (n,) unless said.
 
-    ``steps``: steps taken; ``reached``: the stop rule holds at the end; ``joint``, ``marginal``, ``prob``: E(x, y),
-    E(x), p(y|x) of ``x``, and with 0 of ``x0``; ``target``: e* (NaN without real energies). ``trace`` (steps + 1, 3,
-    B): the readings of every chain at every step, NaN once it has stopped. ``frames`` (F, B, C, H, W): images at
-    ``frame_steps``.
+    ``steps``: steps taken; ``reached``: the stop rule holds at the end; ``target``: e* (NaN without real energies);
+    ``start``, ``end`` (3, n): E(x, y), E(x), p(y|x) of ``x0`` and ``x``. ``trace`` (steps + 1, 3, n): the same at every
+    step, NaN once a chain has stopped. ``frames`` (F, n, C, H, W): images after ``frame_steps`` steps.
     """
 
     x: Tensor
@@ -99,102 +67,111 @@ class Chains:
     target: Tensor
     steps: Tensor
     reached: Tensor
-    start: Tensor = field(repr=False)  # (3, B)
-    end: Tensor = field(repr=False)  # (3, B)
-    trace: Tensor | None = None
-    frames: Tensor | None = None
+    start: Tensor = field(repr=False)
+    end: Tensor = field(repr=False)
+    trace: Tensor | None = field(default=None, repr=False)
+    frames: Tensor | None = field(default=None, repr=False)
     frame_steps: list[int] = field(default_factory=list)
 
 
-def _limits(reference: Reference | None, index: Tensor, labels: Tensor, config: GenerateConfig) -> dict[str, Tensor]:
-    if reference is None or not bool((reference.counts[labels] > 0).all()):
-        nan = torch.full(labels.shape, torch.nan, dtype=torch.float64, device=labels.device)
-        return dict(target=nan, mean=nan, std=nan)
-    mean, std = reference.moments(labels)
-    target = energy_targets(reference, index, labels, config.seed, config.low, config.high)
-    return dict(target=target, mean=mean, std=std)
+@dataclass
+class _Batch:
+    """The rows still in the batch: which chain each is, its image, the image before the last noise, its velocity, and
+    whether it has ended and only fills up."""
+
+    rows: Tensor
+    x: Tensor
+    clean: Tensor
+    v: Tensor
+    done: Tensor
+
+    def shrink(self, grad: Tensor, multiple: int) -> Tensor:
+        """Drop ended rows, down to the next multiple; returns the gradients of the rows that stay."""
+        size = -(-int((~self.done).sum()) // multiple) * multiple
+        if size >= len(self.done):
+            return grad
+        keep = self.done.to(torch.uint8).argsort(stable=True)[:size]
+        for name in ("rows", "x", "clean", "v", "done"):
+            setattr(self, name, getattr(self, name)[keep])
+        return grad[keep]
+
+    def move(self, grad: Tensor, index: Tensor, config: GenerateConfig, step: int) -> None:
+        """v <- zeta v + step(grad), x <- clip(x + v + s xi); no noise on the last step."""
+        dtype = self.x.dtype
+        self.v = config.momentum * self.v + RULES[config.rule](grad, config.eta).to(dtype)
+        self.clean = self.x = (self.x + self.v).clamp(0, 1)
+        if config.noise and step < config.steps - 1:
+            xi = keyed.normal(index[self.rows], self.x[0].numel(), config.seed, "langevin", step, dtype)
+            self.x = (self.clean + config.noise * xi.view_as(self.x)).clamp(0, 1)
+
+
+class _Recorder:
+    """Energy traces and frames of a run, if they were asked for."""
+
+    def __init__(self, config: GenerateConfig, x0: Tensor, trace: bool, frames_every: int) -> None:
+        shape = (config.steps + 1, 3, len(x0))
+        self.trace = torch.full(shape, torch.nan, dtype=torch.float64, device=x0.device) if trace else None
+        self.every, self.frames, self.at = frames_every, [], []
+
+    def record(self, step: int, batch: _Batch, values: Tensor, x: Tensor) -> None:
+        """Readings (3, B) and images of the chains that still move; ``x``: the images of those that have ended."""
+        active = ~batch.done
+        if self.trace is not None:
+            self.trace[step][:, batch.rows[active]] = values[:, active]
+        if self.every and step % self.every == 0:
+            frame = x.clone()
+            frame[batch.rows[active]] = batch.clean[active]
+            self.frames.append(frame)
+            self.at.append(step)
+
+    def hand_over(self, out: Chains) -> None:
+        """Add the end and put everything into the result."""
+        if self.trace is not None:
+            full = out.steps == len(self.trace) - 1
+            self.trace[-1][:, full] = out.end[:, full]
+        out.trace = self.trace
+        if self.every:
+            last = int(out.steps.max())
+            keep = sum(t < last for t in self.at)  # a frame of the last step itself is replaced by the end
+            out.frames, out.frame_steps = torch.stack([*self.frames[:keep], out.x]), [*self.at[:keep], last]
 
 
 def sample(model: nn.Module, x0: Tensor, labels: Tensor, index: Tensor, config: GenerateConfig,
            reference: Reference | None = None, *, trace: bool = False, frames_every: int = 0,
            target: Tensor | None = None) -> Chains:
-    """Run one batch of chains from x0 (B, C, H, W) in [0, 1]; ``index`` (B,) are the samples' global numbers.
+    """Run one batch of chains from x0 (n, C, H, W) in [0, 1]; ``index`` (n,) are the samples' global numbers.
 
-    ``reference``: real energies (`reference_energies`), needed by the stops 'mean_band' and 'quantile'. ``target``:
-    e*, if not drawn from ``reference``. The model runs in eval mode and keeps its parameters, gradients and mode;
-    energies are float32 or wider. The check of a step uses the forward pass that its gradient needs. Batches shrink
-    as chains finish: to any size on a CPU, to eighths of the full size elsewhere (few shapes; finished chains fill
-    up).
+    ``reference``: real energies (`reference_energies`), needed by the stops 'mean_band' and 'quantile'. ``target``
+    (n,): e*, if not drawn from ``reference``. The model runs in eval mode and keeps its parameters, gradients and mode;
+    energies are float32 or wider. The check of a step uses the forward pass that its gradient needs. A chain that stops
+    after a noisy step is returned as it was before that noise. Batches shrink as chains end: to any size on a CPU, to
+    eighths of the full size elsewhere (few shapes; ended chains fill up).
     """
-    limits = _limits(reference, index, labels, config) | ({} if target is None else {"target": target.double()})
-    rule, stop = RULES[config.rule], STOPS[config.stop]
-    n, dtype = len(x0), x0.dtype
-    out = Chains(x0.clone(), x0, labels, index, limits["target"], torch.full_like(labels, config.steps),
-                 torch.zeros_like(labels, dtype=torch.bool), *(torch.full((3, n), torch.nan, dtype=torch.float64,
-                                                                          device=x0.device) for _ in range(2)))
-    if trace:
-        out.trace = out.start.new_full((config.steps + 1, 3, n), torch.nan)
-    frames: list[Tensor] = []
-    multiple = 1 if x0.device.type == "cpu" else max(1, n // 8)
-    context = nullcontext() if config.precision != "bf16" else torch.autocast(x0.device.type, torch.bfloat16)
-    rows = torch.arange(n, device=x0.device)  # which chain each row of the batch is
-    x, clean, v, done = x0, x0, torch.zeros_like(x0), torch.zeros(n, dtype=torch.bool, device=x0.device)
-
-    def may_stop(values: Tensor, which: Tensor, t: int) -> Tensor:
-        if t < config.min_steps:
-            return torch.zeros_like(which, dtype=torch.bool)
-        check = Check(values[0], *(limits[k][which] for k in ("target", "mean", "std")))
-        return stop(check, config) & (values[2] >= config.p_min)
-
-    with attacks.attack_mode(model, "eval"), context:
+    limits = Limits.make(reference, index, labels, config, target)
+    every = torch.arange(len(x0), device=x0.device)
+    none = torch.zeros_like(every, dtype=torch.bool)
+    multiple = 1 if x0.device.type == "cpu" else max(1, len(x0) // 8)
+    x, steps, start = x0.clone(), torch.full_like(labels, config.steps), None
+    batch, recorder = _Batch(every, x0, x0, torch.zeros_like(x0), none), _Recorder(config, x0, trace, frames_every)
+    half = torch.autocast(x0.device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
+    with attacks.attack_mode(model, "eval"), half:
         for t in range(config.steps):
-            y = labels[rows]
-            grad, logits = attacks.input_gradient(model, x, lambda f, y=y: guided_energy(f, y, config.w))
+            y = labels[batch.rows]
+            grad, logits = attacks.input_gradient(model, batch.x, lambda f, y=y: guided_energy(f, y, config.w))
             values = readings(logits, y)
-            if t == 0:
-                out.start = values
-            now = may_stop(values, rows, t) & ~done
-            if frames_every and t % frames_every == 0:
-                frames.append(_frame(out.x, rows[~done], clean[~done]))
-                out.frame_steps.append(t)
-            if trace:
-                out.trace[t][:, rows[~done]] = values[:, ~done]
-            out.x[rows[now]], out.steps[rows[now]] = clean[now], t
-            done = done | now
-            rows, x, clean, v, done, grad = _compact(multiple, done, rows, x, clean, v, done, grad)
-            if bool(done.all()):
+            start = values if start is None else start
+            recorder.record(t, batch, values, x)
+            now = limits.stop(values, batch.rows, t, config) & ~batch.done
+            x[batch.rows[now]], steps[batch.rows[now]] = batch.clean[now], t
+            batch.done = batch.done | now
+            grad = batch.shrink(grad, multiple)
+            if bool(batch.done.all()):
                 break
-            v = config.momentum * v + rule(grad, config.eta).to(dtype)
-            clean = x = (x + v).clamp(0, 1)
-            if config.noise and t < config.steps - 1:
-                xi = keyed.normal(index[rows], x[0].numel(), config.seed, "langevin", t, dtype).view_as(x)
-                x = (clean + config.noise * xi).clamp(0, 1)
-        out.x[rows[~done]] = clean[~done]
+            batch.move(grad, index, config, t)
+        x[batch.rows[~batch.done]] = batch.clean[~batch.done]
         with torch.no_grad():
-            out.end = readings(model(out.x), labels)
-    every = torch.arange(n, device=x0.device)
-    out.reached = (out.steps < config.steps) | may_stop(out.end, every, config.steps)
-    if config.steps == 0:
-        out.start = out.end
-    last = out.steps == config.steps
-    if trace:
-        out.trace[config.steps][:, last] = out.end[:, last]
-    if frames_every:
-        out.frames, out.frame_steps = torch.stack([*frames, out.x]), [*out.frame_steps, config.steps]
+            end = readings(model(x), labels)
+    reached = (steps < config.steps) | limits.stop(end, every, config.steps, config)
+    out = Chains(x, x0, labels, index, limits.target, steps, reached, end if start is None else start, end)
+    recorder.hand_over(out)
     return out
-
-
-def _frame(x: Tensor, rows: Tensor, now: Tensor) -> Tensor:
-    frame = x.clone()
-    frame[rows] = now
-    return frame
-
-
-def _compact(multiple: int, done: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-    """Drop finished chains, down to the next multiple of ``multiple``; finished ones that stay only fill up the
-    batch."""
-    size = -(-int((~done).sum()) // multiple) * multiple
-    if size >= len(done):
-        return state
-    keep = done.to(torch.uint8).argsort(stable=True)[:size]
-    return tuple(t[keep] for t in state)

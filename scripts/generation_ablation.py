@@ -28,16 +28,21 @@ from derkit.training import train
 
 OUT = Path(__file__).resolve().parents[1] / "figures" / "records" / "generation_fashion_mini"
 TRAINING = dict(width=16, precision="fp32", epochs=12, train_size=0, eps=0.1)
-MODELS = {"SAT": dict(method="pgd", steps=5), "standard": dict(method="standard", strong_size=0)}
+DER = dict(regularizer="der")  # the default variant, our reading
+MODELS = {"SAT": dict(method="pgd", steps=5), "standard": dict(method="standard", strong_size=0),
+          "TRADES": dict(method="trades", steps=5), "SAT + DER": dict(method="pgd", steps=5) | DER,
+          "RS-FGSM": dict(method="rs_fgsm"), "RS-FGSM + DER": dict(method="rs_fgsm") | DER}
 INITS = {"uniform": dict(init="uniform"), "class Gaussian": dict(init="class_gaussian"),
-         "PCA as published": dict(init="pca_published"), "PCA, scale 1": dict(init="pca"), "local PCA": dict(init="local_pca"),
-         "noisy images": dict(init="noisy_images")}
-STOPS = {"fixed 20": dict(stop="fixed", steps=20), "mean band": dict(stop="mean_band"), "quantile": dict(stop="quantile")}
+         "PCA as published": dict(init="pca_published"), "PCA, scale 1": dict(init="pca"),
+         "local PCA": dict(init="local_pca"), "noisy images": dict(init="noisy_images")}
+STOPS = {"fixed 20": dict(stop="fixed", steps=20), "mean band": dict(stop="mean_band"),
+         "quantile": dict(stop="quantile")}
 ECCV24 = dict(init="pca_published", rule="plain", momentum=0.0, stop="fixed")
 
 PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "grid": {f"{i} | {s}": a | b for i, a in INITS.items() for s, b in STOPS.items()},
-    "start": {f"k={k} tau={tau}": dict(init="local_pca", k=k, tau=tau) for k in (4, 32, 128) for tau in (0.0, 0.4, 0.7, 1.0)}
+    "start": {f"k={k} tau={tau}": dict(init="local_pca", k=k, tau=tau)
+              for k in (4, 32, 128) for tau in (0.0, 0.4, 0.7, 1.0)}
     | {f"PCA scale={s}": dict(init="pca", scale=s) for s in (0.354, 0.7, 1.0)},
     "dial": {f"w={w}": dict(tau=0.7, w=w) for w in (0.0, 1.0, 2.0, 5.0)}
     | {f"target {low}-{high}": dict(tau=0.7, low=low, high=high)
@@ -74,18 +79,20 @@ def measure(part: str, models: list[str], seeds: int, n: int, reference: str) ->
             per_class += [tag | r for r in record["per_class"]]
             for key, s in sets.items():
                 used.append(tag | dict(images=key) | s.statistics())
-            protocols.append({k: v for k, v in record["protocol"].items() if k != "samples"} | tag | dict(
-                model_sha256=next(iter(sets.values())).record["model_sha256"], test={k: run.final["last"][k] for k in ("clean", "pgd")},
-                training=run.config["train"]))
+            used_by_all = {k: v for k, v in record["protocol"].items() if k != "samples"}
+            accuracy = {k: run.final["last"][k] for k in ("clean", "pgd")}
+            protocols.append(used_by_all | tag | dict(model_sha256=next(iter(sets.values())).record["model_sha256"],
+                                                      test=accuracy, training=run.config["train"]))
             print(f"{part}, {name}, seed {seed}: {time.perf_counter() - began:.0f} s", flush=True)
-    return dict(part=part, n=n, reference=reference, settings=PARTS[part], protocols=protocols, rows=rows, per_class=per_class,
-                chains=used)
+    return dict(part=part, n=n, reference=reference, settings=PARTS[part], protocols=protocols, rows=rows,
+                per_class=per_class, chains=used)
 
 
 def summary(record: dict[str, Any]) -> pd.DataFrame:
     """Mean over seeds, and the spread of the Frechet distance."""
     rows = pd.DataFrame(record["rows"])
-    columns = ["CFD", "CKD", "precision", "recall", "agreement", "pairwise L2", "nearest-train L2", "near copies", "steps", "s / 1000"]
+    columns = ["CFD", "CKD", "precision", "recall", "agreement", "pairwise L2", "nearest-train L2", "near copies",
+               "steps", "s / 1000"]
     groups = rows.groupby(["model", "images"], sort=False)
     out = groups[columns].mean()
     out.insert(1, "CFD min", groups["CFD"].min())
@@ -96,15 +103,17 @@ def summary(record: dict[str, Any]) -> pd.DataFrame:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--models", default="SAT,standard", help=f"of: {', '.join(MODELS)}")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--n", type=int, default=500)
     parser.add_argument("--reference", default="test", choices=("test", "train"))
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--suffix", default="", help="added to the name of the file, for other models")
     options = parser.parse_args()
     for part in options.parts.split(","):
+        name = f"{part}{options.suffix}.json"
         record = measure(part, options.models.split(","), options.seeds, options.n, options.reference)
-        write_json(options.out / f"{part}.json", record)
+        write_json(options.out / name, record)
         print(summary(record).round(2).to_string(), flush=True)
 
 

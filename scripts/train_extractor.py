@@ -29,10 +29,12 @@ from derkit.training import choose_device
 OUT = Path(__file__).resolve().parents[1] / "derkit" / "assets" / "extractor_fashion.pt"
 
 
-def train(net: ExtractorNet, split: Split, epochs: int, seed: int, augment: str, lr: float = 3e-3, batch: int = 128) -> None:
+def train(net: ExtractorNet, split: Split, epochs: int, seed: int, augment: str, lr: float = 3e-3,
+          batch: int = 128) -> None:
     """AdamW with a one-cycle rate, label smoothing 0.05."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * (-(-len(split) // batch)), pct_start=0.2)
+    steps = epochs * (-(-len(split) // batch))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
     for epoch in range(epochs):
         began, losses = time.perf_counter(), []
         generator = make_generator(split.images.device, "extractor", seed, epoch)
@@ -43,7 +45,8 @@ def train(net: ExtractorNet, split: Split, epochs: int, seed: int, augment: str,
             optimizer.step()
             schedule.step()
             losses.append(loss.detach())
-        print(f"epoch {epoch + 1}/{epochs}: loss {torch.stack(losses).mean():.3f}, {time.perf_counter() - began:.0f} s", flush=True)
+        seconds = time.perf_counter() - began
+        print(f"epoch {epoch + 1}/{epochs}: loss {torch.stack(losses).mean():.3f}, {seconds:.0f} s", flush=True)
 
 
 @torch.no_grad()
@@ -74,13 +77,15 @@ def main() -> None:
     net.eval().half().float()  # what the file will hold
     net.calibrate(data.train.floats(0, 5000))
     net.half().float()
-    scores = dict(train=accuracy(net, data.train.take(slice(5000))), valid=accuracy(net, data.valid), test=accuracy(net, data.test))
-    command = "python scripts/train_extractor.py " + " ".join("FOLDER" if a == options.data_dir else a for a in sys.argv[1:])
-    config = dict(trained_on=data.name, source=data.source, data_sha256=data.sha256, train_images=len(data.train), seed=options.seed,
-                  epochs=options.epochs, augment=augment, accuracy={k: round(v, 4) for k, v in scores.items()},
-                  command=command.strip(), torch=str(torch.__version__), adversarial=False)
+    parts = dict(train=data.train.take(slice(5000)), valid=data.valid, test=data.test)
+    scores = {name: round(accuracy(net, split), 4) for name, split in parts.items()}
+    words = ["FOLDER" if a == options.data_dir else a for a in sys.argv[1:]]
+    config = dict(trained_on=data.name, source=data.source, data_sha256=data.sha256, train_images=len(data.train),
+                  seed=options.seed, epochs=options.epochs, augment=augment, accuracy=scores, adversarial=False,
+                  command=" ".join(["python scripts/train_extractor.py", *words]), torch=str(torch.__version__))
     save_checkpoint(options.out, net.half(), config)
-    print(f"{options.out}: {options.out.stat().st_size:,} bytes, weights {load_checkpoint(options.out)['sha256']}, {scores}")
+    sha256 = load_checkpoint(options.out)["sha256"]
+    print(f"{options.out}: {options.out.stat().st_size:,} bytes, weights {sha256}, accuracy {scores}")
 
 
 if __name__ == "__main__":

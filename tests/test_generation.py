@@ -317,5 +317,3 @@ def test_figures(trained, some, tmp_path, monkeypatch):
     plots.save_gif(chains, tmp_path / "a.gif", columns=5)
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.n_frames == len(chains.frames) and gif.size == (5 * 28 * 3, 4 * 28 * 3)
-
-

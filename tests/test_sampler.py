@@ -14,6 +14,7 @@ from derkit.errors import DerkitError
 from derkit.gen_config import STOP_NAMES, GenerateConfig
 from derkit.jobs import prepare
 from derkit.sampler import guided_energy, normalised, plain, sample
+from derkit.stops import STOPS
 from derkit.targets import energy_targets, reference_energies
 
 
@@ -163,7 +164,7 @@ def test_saved_noise_depends_on_index_and_step_only():
 
 # ----------------------------------------------------------------------------------------------------------- stops
 def test_every_stop_of_the_config_exists():
-    assert set(sampler.STOPS) == set(STOP_NAMES)
+    assert set(STOPS) == set(STOP_NAMES)
 
 
 def test_quantile_stop_is_latched_and_one_sided(job):
@@ -223,11 +224,11 @@ def test_batch_sizes_give_the_same_images(job, options):
 def test_filling_up_with_finished_chains_changes_nothing(job, monkeypatch):
     ready = job(noise=0.01)
     whole = ready.run(range(40))
-    real = sampler._compact
-    monkeypatch.setattr(sampler, "_compact", lambda multiple, done, *state: real(5, done, *state))  # as on a GPU
+    real = sampler._Batch.shrink
+    monkeypatch.setattr(sampler._Batch, "shrink", lambda self, grad, multiple: real(self, grad, 5))  # as on a GPU
     again = ready.run(range(40))
     assert (again.x - whole.x).abs().max() < 1e-5 and torch.equal(again.steps, whole.steps)
-    monkeypatch.setattr(sampler, "_compact", lambda multiple, done, *state: state)  # never
+    monkeypatch.setattr(sampler._Batch, "shrink", lambda self, grad, multiple: grad)  # never
     again = ready.run(range(40))
     assert (again.x - whole.x).abs().max() < 1e-5 and torch.equal(again.steps, whole.steps)
 
@@ -293,6 +294,12 @@ def test_class_without_a_correct_image(net, some):
         prepare(Never(), some, k=8, classes="coat", stop="fixed", best_of=2)
     out = prepare(Never(), some, k=8, classes="coat", stop="fixed", steps=2).run(range(3))
     assert out.target.isnan().all() and torch.isfinite(out.x).all()
+
+
+@pytest.mark.parametrize("stop", ["quantile", "mean_band"])
+def test_a_stop_without_energies(stop):
+    with pytest.raises(DerkitError, match=f"stop={stop} needs real energies"):
+        chain(stop=stop)
 
 
 def test_logits_that_are_not_finite(net, some):

@@ -1,7 +1,7 @@
 """Alarms for catastrophic overfitting: pure functions of what training has recorded so far.
 
-A signal alarms when it leaves the band of its own recent past: value > median + factor * spread of the previous epochs, and
-by at least a fixed margin, so that a quiet start does not make noise an alarm (the adaptive idea is ELLE-A's).
+A signal alarms when it leaves the band of its own past: further from the median of the epochs before than three times the noise
+from epoch to epoch, and by at least a fixed margin, so that a quiet start does not make noise an alarm (the adaptive idea is ELLE-A's).
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import pandas as pd
 
 @dataclass(frozen=True)
 class Signal:
-    """A recorded column, the direction in which it moves at CO (+1 up, -1 down), and the smallest move that counts."""
+    """A recorded column, the direction in which it moves at CO (+1 up, -1 down, 0 either), the smallest move that counts.
+
+    dE(x) may leave either way: at CO the energy of x* runs off, up or down, with the attack and the network.
+    """
 
     column: str
     direction: int
@@ -23,25 +26,25 @@ class Signal:
 
 
 SIGNALS: dict[str, Signal] = {
-    "AAE share": Signal("train_aae", +1, 0.05, "free in training"),
-    "dE(x)": Signal("probe_dE", +1, 0.4, "one attack on the probe"),
-    "E_lin": Signal("E_lin", +1, 0.15, "three forwards on the probe"),
-    "gradient cosine": Signal("cos", -1, 0.15, "two gradients on the probe"),
+    "AAE share": Signal("train_aae", +1, 0.035, "free in training"),
+    "dE(x)": Signal("probe_dE", 0, 0.5, "one attack on the probe"),
+    "E_lin": Signal("E_lin", +1, 0.03, "three forwards on the probe"),
+    "gradient cosine": Signal("cos", -1, 0.3, "two gradients on the probe"),
 }
 
 
-def first_alarm(epochs: pd.DataFrame, name: str, history: int = 8, factor: float = 3.0, skip: int = 3) -> int | None:
+def first_alarm(epochs: pd.DataFrame, name: str, factor: float = 3.0, skip: int = 3) -> int | None:
     """The epoch (from 1) at which a signal first alarms, or None. The first ``skip`` epochs only build the history."""
     signal = SIGNALS[name]
-    values = signal.direction * epochs[signal.column].ffill().to_numpy(float)
+    values = epochs[signal.column].ffill().to_numpy(float)
     for i in range(skip, len(values)):
-        past = values[max(0, i - history) : i]
-        past = past[np.isfinite(past)]
+        past = values[:i][np.isfinite(values[:i])]
         if len(past) < skip:
             continue
         middle = np.median(past)
-        spread = 1.4826 * np.median(np.abs(past - middle))
-        if values[i] > middle + max(signal.margin, factor * spread):
+        noise = 1.4826 * np.median(np.abs(np.diff(past))) / np.sqrt(2)  # of one epoch, whatever the drift
+        move = values[i] - middle
+        if (abs(move) if signal.direction == 0 else signal.direction * move) > max(signal.margin, factor * noise):
             return i + 1
     return None
 

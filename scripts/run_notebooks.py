@@ -2,8 +2,9 @@
 
     python scripts/run_notebooks.py            # all
     python scripts/run_notebooks.py 01 03      # some, by the start of their names
+    python scripts/run_notebooks.py --keep 02  # keep and use the runs in DERKIT_HOME: quick, while the text is written
 
-Runs start from an empty DERKIT_HOME, so that what is stored is what a fresh machine prints.
+Without --keep, runs start from an empty DERKIT_HOME, so that what is stored is what a fresh machine prints.
 """
 
 import os
@@ -34,11 +35,13 @@ def execute(path: Path) -> float:
 
 def main(names: list[str]) -> None:
     os.environ["TQDM_DISABLE"] = "1"
+    keep, names = "--keep" in names, [n for n in names if n != "--keep"]
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         if names and not any(path.name.startswith(n) for n in names):
             continue
         with tempfile.TemporaryDirectory() as home:
-            os.environ["DERKIT_HOME"] = home
+            if not keep:
+                os.environ["DERKIT_HOME"] = home
             print(f"{path.name}: {execute(path):.0f} s", flush=True)
 
 

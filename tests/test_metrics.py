@@ -267,3 +267,11 @@ def test_metric_figures(table, tmp_path):
     plots.trade_off({"stop": curve}, "recall", "CFD", "stop", overall.loc[FLOOR], save=tmp_path / "a.png")
     plots.class_bars(per_class, "CKD", [FLOOR, "local"], save=tmp_path / "b.png")
     assert (tmp_path / "a.png").stat().st_size > 1000 and (tmp_path / "b.png").stat().st_size > 1000
+
+
+def test_published_figures_name_their_sources():
+    from derkit.gen_published import published_generation
+
+    rows = published_generation()
+    assert rows.index.is_unique and rows["source"].str.len().min() > 10
+    assert rows.loc["JEM", "FID"] == 38.4 and np.isnan(rows.filter(like="Santurkar", axis=0)["FID"].iloc[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,17 +43,19 @@ def load_records(name: str, root: Path | None = None) -> dict[str, list[Run]]:
     return groups
 
 
+def load_costs(name: str, root: Path | None = None) -> pd.Series:
+    """Cost of a training step by label, relative to the suite's first run (scripts/measure_cost.py)."""
+    return pd.Series(json.loads(((root or records_folder()) / name / "cost.json").read_text())["ratio"], name="cost")
+
+
 def summary(groups: Mapping[str, Sequence[Run]], which: str = "last") -> pd.DataFrame:
     """One row per group: number of runs, how many collapsed, mean of the test metrics ('last' or 'best' epoch) with
-    '<metric> min' and '<metric> max' over seeds, and the cost (median seconds an epoch, relative to the first group)."""
+    '<metric> min' and '<metric> max' over seeds."""
     rows: dict[str, dict[str, Any]] = {}
-    base = None
     for name, runs in groups.items():
         row: dict[str, Any] = dict(runs=len(runs), collapsed=sum(co_onset(r) is not None for r in runs))
         for metric in METRICS:
             values = [r.final[which].get(metric, np.nan) for r in runs]
             row |= {metric: np.mean(values), f"{metric} min": np.min(values), f"{metric} max": np.max(values)}
-        seconds = float(np.median([r.epochs["seconds"].median() for r in runs]))
-        base = base or seconds
-        rows[name] = row | dict(cost=seconds / base)
+        rows[name] = row
     return pd.DataFrame.from_dict(rows, orient="index")

@@ -48,7 +48,7 @@ def test_suite_runs_collects_and_skips(manifest, tmp_path, monkeypatch, capsys):
     groups = results.load_records("toy", tmp_path / "records")
     assert list(groups) == ["RS-FGSM", "RS + DER"] and len(groups["RS-FGSM"]) == 2
     table = results.summary(groups)
-    assert table.loc["RS-FGSM", "runs"] == 2 and table.loc["RS-FGSM", "cost"] == 1
+    assert table.loc["RS-FGSM", "runs"] == 2
     low, mean, high = (table.loc["RS-FGSM", k] for k in ("clean min", "clean", "clean max"))
     assert low <= mean <= high
     assert not list((tmp_path / "records").rglob("*.pt")), "records hold no weights"

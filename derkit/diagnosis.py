@@ -71,6 +71,21 @@ def co_alarms(run: Run) -> pd.DataFrame:
     return pd.DataFrame(rows).astype({"alarm": "Int64", "onset": "Int64", "lead": "Int64"})
 
 
+def alarm_summary(runs: Sequence[Run]) -> pd.DataFrame:
+    """Alarms judged over many runs: per signal, in how many collapsed runs it rang no later than the onset, the median
+    lead there (epochs, counting all runs in which it rang), and in how many healthy runs it rang (false alarms)."""
+    tables = [co_alarms(r).set_index("signal") for r in runs]
+    rows = []
+    for name in SIGNALS:
+        marks = [t.loc[name] for t in tables]
+        bad, good = [m for m in marks if pd.notna(m["onset"])], [m for m in marks if pd.isna(m["onset"])]
+        leads = [int(m["lead"]) for m in bad if pd.notna(m["lead"])]
+        rows.append({"signal": name, "in time": f"{sum(lead >= 0 for lead in leads)} of {len(bad)}",
+                     "rang": f"{len(leads)} of {len(bad)}", "median lead": float(np.median(leads)) if leads else np.nan,
+                     "false alarms": f"{sum(pd.notna(m['alarm']) for m in good)} of {len(good)}"})
+    return pd.DataFrame(rows)
+
+
 # --------------------------------------------------------------------------------------------------- robust (RO)
 @dataclass(frozen=True)
 class RobustOverfitting:

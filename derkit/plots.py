@@ -71,8 +71,8 @@ def overfitting_curves(runs: Mapping[str, Run], kind: str = "co", save: str | Pa
             axes[0, column].annotate(text, (epoch, 0.03), xytext=(3, 0), textcoords="offset points", fontsize=8)
     axes[0, 0].set_ylabel("accuracy")
     axes[1, 0].set_ylabel("mean dE(x) = E(x) - E(x*)")
-    axes[0, 0].legend(fontsize=8, loc="upper left")
-    axes[1, 0].legend(fontsize=8, loc="upper left")
+    axes[0, 0].legend(fontsize=7)
+    axes[1, 0].legend(fontsize=7)
     _finish(figure, save)
 
 

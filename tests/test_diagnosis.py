@@ -76,6 +76,15 @@ def test_alarms_lead_and_false_alarms(tmp_path):
     assert "false alarm" in set(diagnosis.co_alarms(make_run(tmp_path, **noisy, name="noisy"))["verdict"])
 
 
+def test_alarm_summary_counts_runs(tmp_path):
+    runs = [make_run(tmp_path, **collapsed(12), name="a"), make_run(tmp_path, **collapsed(15), name="b"),
+            make_run(tmp_path, **HEALTHY, name="c")]
+    table = diagnosis.alarm_summary(runs).set_index("signal")
+    assert tuple(table.loc["AAE share"]) == ("2 of 2", "2 of 2", 1.0, "0 of 1")
+    assert tuple(table.loc["gradient cosine"])[:2] == ("0 of 2", "2 of 2")
+    assert table.loc["E_lin", "rang"] == "0 of 2" and np.isnan(table.loc["E_lin", "median lead"])
+
+
 def test_stop_rule(tmp_path):
     rows = make_run(tmp_path, **collapsed(12)).epochs
     assert not should_stop(rows.iloc[:10].to_dict("records"))

@@ -275,7 +275,7 @@ def load_dataset(name: str = "fashion_mini", data_dir: str | os.PathLike | None 
     arrays = [images, labels, valid_images, valid_labels, *parts["test"]]
     digest = hashlib.sha256()
     for array, high in zip(arrays, [None, len(classes)] * 3, strict=True):
-        if high and len(array) and not (0 <= array.min() and array.max() < high):
+        if high and len(array) and not (array.min() >= 0 and array.max() < high):
             raise DataError(f"labels of {name} must lie in [0, {high}), found [{array.min()}, {array.max()}].")
         digest.update(np.ascontiguousarray(array).view(np.uint8))
     tensors = [torch.from_numpy(np.array(a)).to(device) for a in arrays]

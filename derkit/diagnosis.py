@@ -158,7 +158,7 @@ def attack_energies(model: nn.Module, split: Split, eps: float, attack: str = "P
     if share:
         settings["alpha"] = share * eps
     natural = evaluation.predict(model, split)
-    _, logits = evaluation.attack_split(model, split, lambda m, x, y, g: attacks.pgd(m, x, y, eps, generator=g, check=False, **settings), seed)
+    _, logits = evaluation.attack_split(model, split, evaluation.pgd_attack(eps, **settings), seed)
     values = [energy.marginal_energy(natural), energy.marginal_energy(logits), energy.joint_energy(natural, split.labels),
               energy.joint_energy(logits, split.labels), logits.argmax(1) != split.labels]
     return AttackEnergies(attack, eps, *(v.cpu().numpy() if v.dtype == torch.bool else v.double().cpu().numpy() for v in values))

@@ -9,7 +9,7 @@ import os
 import platform
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
 import torch
@@ -83,6 +83,24 @@ def keep_epochs(path: Path, epochs: int) -> None:
     """Drop lines of epochs that the checkpoint does not know (a kill fell between the line and the checkpoint)."""
     rows = [r for r in read_lines(path) if r["epoch"] <= epochs]
     atomic_write(path, "".join(json.dumps(r) + "\n" for r in rows))
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Hold a run folder until the returned file is closed (or the process ends, however it ends).
+
+    Raises DerkitError where another process holds it. Without file locks (Windows) nothing is checked.
+    """
+    handle = open(folder / "lock", "w", encoding="utf-8")  # noqa: SIM115 (kept open on purpose)
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except OSError:
+        handle.close()
+        raise DerkitError(f"another process is training in {folder}. Wait for it, or choose another folder.") from None
+    return handle
 
 
 def environment(device: torch.device, precision: str, why: str) -> dict[str, Any]:

@@ -127,7 +127,8 @@ def main(argv: list[str] | None = None) -> int:
         if options.only:
             unknown = set(options.only) - {j.label for j in jobs}
             if unknown:
-                raise DerkitError(f"no run is labelled {', '.join(sorted(unknown))}; labels: {', '.join(dict.fromkeys(j.label for j in jobs))}.")
+                labels = ", ".join(dict.fromkeys(j.label for j in jobs))
+                raise DerkitError(f"no run is labelled {', '.join(sorted(unknown))}; labels: {labels}.")
             jobs = [j for j in jobs if j.label in options.only]
     except DerkitError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -27,7 +27,7 @@ from derkit.errors import DerkitError, pick
 from derkit.evaluation import make_generator
 from derkit.models import build_model
 from derkit.progress import progress
-from derkit.records import Run, append_line, environment, keep_epochs, read_lines, runs_folder, write_json
+from derkit.records import Run, append_line, environment, keep_epochs, lock_folder, read_lines, runs_folder, write_json
 from derkit.schedules import SCHEDULES
 
 
@@ -309,23 +309,27 @@ def train(config: TrainConfig, dataset: Dataset | None = None, *, model: nn.Modu
     signature = _signature(model)
     model = model if model is not None else model_from_config(config, dataset)
     state = _new_state(config, model, device, precision)
-    last, best = folder / "last.pt", folder / "best.pt"
-    metrics = folder / "metrics.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
-    if resume and last.is_file():
-        state.restore(load_checkpoint(last, device))
-        keep_epochs(metrics, state.epoch)
-        say(f"resuming {folder.name} after epoch {state.epoch}")
-    else:
-        for old in (metrics, folder / "final.json", last, best, folder / "final.pt"):
-            old.unlink(missing_ok=True)
-    write_json(folder / "config.json", dict(train=config.as_dict(), dataset=dataset.name, source=dataset.source,
-                                            data_sha256=dataset.sha256, sizes=dict(train=len(dataset.train),
-                                            valid=len(dataset.valid), test=len(dataset.test)), classes=dataset.classes,
-                                            model=signature))
-    write_json(folder / "env.json", environment(device, precision, why))
-    forward = torch.compile(model) if config.compile else model
-    rows = read_lines(metrics)  # of the epochs before an interruption
+    with lock_folder(folder):
+        if resume and (folder / "last.pt").is_file():
+            state.restore(load_checkpoint(folder / "last.pt", device))
+            keep_epochs(folder / "metrics.jsonl", state.epoch)
+            say(f"resuming {folder.name} after epoch {state.epoch}")
+        else:
+            for old in ("metrics.jsonl", "final.json", "last.pt", "best.pt", "final.pt"):
+                (folder / old).unlink(missing_ok=True)
+        sizes = dict(train=len(dataset.train), valid=len(dataset.valid), test=len(dataset.test))
+        write_json(folder / "config.json", dict(train=config.as_dict(), dataset=dataset.name, source=dataset.source,
+                                                data_sha256=dataset.sha256, sizes=sizes, classes=dataset.classes, model=signature))
+        write_json(folder / "env.json", environment(device, precision, why))
+        _fit(folder, state, dataset, config, precision, say)
+        return _finish(folder, state, dataset, config)
+
+
+def _fit(folder: Path, state: _State, dataset: Dataset, config: TrainConfig, precision: str, say) -> None:
+    """The epochs that are left: train, evaluate, keep the best on validation, write the line and the checkpoint."""
+    forward = torch.compile(state.model) if config.compile else state.model
+    rows = read_lines(folder / "metrics.jsonl")  # of the epochs before an interruption
     stop = config.stop_on_co and bool(rows) and alarms.should_stop(rows)
     while state.epoch < config.epochs and not stop:
         record = _train_epoch(state, forward, dataset, config, precision)
@@ -336,21 +340,20 @@ def train(config: TrainConfig, dataset: Dataset | None = None, *, model: nn.Modu
         rows.append(record)
         if record["valid_pgd"] > state.best:
             state.best, state.best_epoch = record["valid_pgd"], state.epoch
-            _save(best, state, config)
-        append_line(metrics, record)
+            _save(folder / "best.pt", state, config)
+        append_line(folder / "metrics.jsonl", record)
         stop = config.stop_on_co and alarms.should_stop(rows)
         if state.epoch % config.save_every == 0 or state.epoch == config.epochs or stop:
-            save_checkpoint(last, state.model, config.as_dict(), **state.extra())
+            save_checkpoint(folder / "last.pt", state.model, config.as_dict(), **state.extra())
     if stop:
         say(f"stopped after epoch {state.epoch}: catastrophic-overfitting alarm")
-    return _finish(folder, state, dataset, config, best)
 
 
 def _save(path: Path, state: _State, config: TrainConfig) -> None:
     save_checkpoint(path, state.judged, config.as_dict(), epoch=state.epoch)
 
 
-def _finish(folder: Path, state: _State, dataset: Dataset, config: TrainConfig, best: Path) -> Run:
+def _finish(folder: Path, state: _State, dataset: Dataset, config: TrainConfig) -> Run:
     """Test both checkpoints, last and best-on-validation, and write final.json: the mark of a finished run."""
     _save(folder / "final.pt", state, config)
     result = dict(last=final_evaluation(state.judged, dataset, config), last_epoch=state.epoch, best_epoch=state.best_epoch)
@@ -358,7 +361,7 @@ def _finish(folder: Path, state: _State, dataset: Dataset, config: TrainConfig, 
         result["best"] = result["last"]
     else:
         model = copy.deepcopy(state.judged)  # a user's module keeps the last weights
-        model.load_state_dict(load_checkpoint(best, dataset.train.images.device)["state"])
+        model.load_state_dict(load_checkpoint(folder / "best.pt", dataset.train.images.device)["state"])
         result["best"] = final_evaluation(model, dataset, config)
     write_json(folder / "final.json", result)
     return Run(folder)

@@ -6,7 +6,11 @@ import pytest
 from derkit import notebook
 from derkit.errors import DerkitError
 
-CELL = 'dataset: str = "fashion_mini"  # data\neps: str = "auto"  # radius\nseed: int = 0  # seed\nwarmup: float = 0.3  # share\nfast: bool = True  # quick'
+CELL = """dataset: str = "fashion_mini"  # data
+eps: str = "auto"  # radius
+seed: int = 0  # seed
+warmup: float = 0.3  # share
+fast: bool = True  # quick"""
 BASE = dict(dataset="fashion_mini", eps="auto", seed=0, warmup=0.3, fast=True)
 
 

@@ -66,6 +66,7 @@ def test_a_run_writes_its_record(tiny, config):
     c = config(strong_size=4)
     run = train(c, tiny, verbose=False)
     assert {p.name for p in run.folder.iterdir()} == {
+        "lock",
         "config.json",
         "env.json",
         "metrics.jsonl",
@@ -567,3 +568,16 @@ def test_tiny_batches_of_one_image(tiny, config):
     split = Split(tiny.train.images[:3], tiny.train.labels[:3])
     run = train(config(epochs=1, batch_size=2, probe_size=2), replace(tiny, train=split), verbose=False)
     assert len(run.steps("acc")) == 2
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path):
+    """The second one gets a clear error and the first one's files are left alone."""
+    from derkit.records import lock_folder
+
+    config = TrainConfig.make(train_size=32, epochs=1, width=4, eval_size=8, probe_size=8, final_size=8, strong_size=0)
+    held = lock_folder(tmp_path)
+    with pytest.raises(DerkitError, match="another process"):
+        train(config, folder=tmp_path, verbose=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["lock"]
+    held.close()
+    assert train(config, folder=tmp_path, verbose=False).finished

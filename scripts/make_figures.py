@@ -17,7 +17,7 @@ FIGURES = Path(__file__).resolve().parents[1] / "figures"
 def main() -> None:
     plots.use_style()
     co = results.load_records("co_fashion_mini")
-    first = {name: co[name][0] for name in ("rs_fgsm", "n_fgsm", "rs_fgsm + der")}
+    first = {name: co[name][0] for name in ("fgsm", "n_fgsm", "fgsm + der")}
     plots.overfitting_curves(first, "co", save=FIGURES / "co_fashion_mini.png")
     plots.result_bars(results.summary(co), ["clean", "pgd", "strong"], save=FIGURES / "der_fashion_mini.png")
     ro = results.load_records("ro_fashion_mini")

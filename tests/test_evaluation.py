@@ -62,6 +62,14 @@ def test_known_robustness_l2(greys):
     assert torch.equal(strong_mask(model, greys, 0.4, steps=10, norm="l2"), known(greys, 0.1))
 
 
+def test_strong_sees_through_saturated_logits(greys):
+    """Huge logits leave the cross-entropy without a gradient: PGD on it finds nothing, the margin loss does."""
+    model = Brightness()
+    model.scale.data.fill_(1e5)
+    assert robust_accuracy(model, greys, 0.1, random_start=False) == robust_accuracy(model, greys, 0.0)
+    assert torch.equal(strong_mask(model, greys, 0.1, steps=10), known(greys, 0.1))
+
+
 def test_strong_below_pgd_below_clean(trained, part):
     clean = evaluation.accuracy(evaluation.predict(trained, part), part.labels)
     for eps in (0.02, 0.05):
@@ -189,12 +197,15 @@ def test_autoattack_with_few_classes(classes, net, part, monkeypatch):
     few, seen = Split(part.images[:4], torch.zeros(4, dtype=torch.long)), []
 
     def run(self, x, y, **kw):
-        seen.extend([self.apgd_targeted.n_target_classes, self.fab.n_target_classes, self.epsilon, self.norm])
+        seen.extend([self.apgd_targeted.n_target_classes, self.fab.n_target_classes, self.epsilon, self.norm, self.seed])
+        seen.append(any(p.requires_grad for p in model.parameters()) or model.training)
         return x, y
 
     monkeypatch.setattr(package.AutoAttack, "run_standard_evaluation", run)
-    evaluation.autoattack(net(classes=classes), few, 0.3, norm="l2")
-    assert seen == [min(9, classes - 1)] * 2 + [0.3, "L2"]
+    model = net(classes=classes).train()
+    evaluation.autoattack(model, few, 0.3, norm="l2", seed=5)
+    assert seen == [min(9, classes - 1)] * 2 + [0.3, "L2", 5, False]  # in eval mode, and no gradients for parameters
+    assert model.training and all(p.requires_grad for p in model.parameters())
     with pytest.raises(DerkitError, match="at least 4 classes, found 3"):
         evaluation.autoattack(net(classes=3), few, 0.3)
 

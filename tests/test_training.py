@@ -197,6 +197,8 @@ RESUME = [
 def test_resume_gives_the_same_result(options, tiny, config, monkeypatch, capsys):
     """Interrupted after epoch 1 of 3: same weights, same lines, same final record as in one go."""
     c = config(epochs=3, **options)
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, init_scale=4.0, growth_interval=2))
     whole = train(c, tiny, folder=training.runs_folder() / "whole", verbose=False)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, 2)
@@ -208,11 +210,16 @@ def test_resume_gives_the_same_result(options, tiny, config, monkeypatch, capsys
     assert lines(resumed) == lines(whole) and resumed.final == whole.final
     for name in ("final.pt", "best.pt", "last.pt"):
         assert same(weights(resumed, name), weights(whole, name)), name
+    last = [load_checkpoint(run.folder / "last.pt") for run in (resumed, whole)]
+    for name in ("epoch", "best", "best_epoch", "scaler"):
+        assert last[0][name] == last[1][name], name
+    assert last[0]["scaler"] == {} or last[0]["scaler"]["scale"] > 4  # it grew on the way
 
 
 def test_resume_of_a_users_module_with_dropout(tiny, config, monkeypatch):
-    c = config(epochs=3)
-    whole = train(c, tiny, model=Own(), folder=training.runs_folder() / "whole", verbose=False)
+    c, model = config(epochs=3, lr=1e-3), Own()
+    whole = train(c, tiny, model=model, folder=training.runs_folder() / "whole", verbose=False)
+    assert (model.net[:3](tiny.train.floats()) > 0).float().mean() > 0.2  # its units are alive: dropout matters
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, 3)
         train(c, tiny, model=Own(), verbose=False)
@@ -318,6 +325,9 @@ def test_same_seed_same_run_and_other_seed_other_run(tiny, config, tmp_path):
     )
     assert lines(one) == lines(two) and same(weights(one), weights(two))
     assert lines(one) != lines(other) and not same(weights(one), weights(other))
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    a, b = (train(config(seed=s, epochs=1), tiny, model=copy.deepcopy(linear), verbose=False) for s in (0, 1))
+    assert lines(a)[0]["steps"] != lines(b)[0]["steps"]  # equal initial weights: the order of the images differs
     a, b = (model_from_config(config(seed=s), tiny).state_dict() for s in (0, 1))
     assert not torch.equal(a["1.head.weight"], b["1.head.weight"])
 
@@ -445,6 +455,16 @@ def test_clipping(tiny, config, tmp_path):
         after = weights(train(config(clip=clip, **options), tiny, folder=tmp_path / str(clip), verbose=False))
         moves.append((after["1.head.weight"] - start["1.head.weight"]).norm())
     assert 0 < moves[1] < 1e-6 and moves[0] > 1e-3
+
+
+def test_clipping_in_half_precision(tiny, config, tmp_path):
+    """Gradients are unscaled before they are clipped: fp16 moves as far as fp32."""
+    start, moves = model_from_config(config(), tiny).state_dict(), []
+    for precision in ("fp32", "fp16"):
+        c = config(clip=0.1, weight_decay=0.0, epochs=1, precision=precision)
+        after = weights(train(c, tiny, folder=tmp_path / precision, verbose=False))
+        moves.append((after["1.head.weight"] - start["1.head.weight"]).norm().item())
+    assert moves[0] > 1e-4 and moves[1] == pytest.approx(moves[0], rel=0.2)
 
 
 def test_one_sgd_step_by_hand(tiny, config):

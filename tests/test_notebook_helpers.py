@@ -31,6 +31,16 @@ def test_guard_rejects(injected, value, word):
         notebook.guard([CELL, injected], BASE | value)
 
 
+def test_parameters_with_and_without_history():
+    """nbval runs cells without history: the namespace's annotations stand in for the cell's source."""
+    namespace: dict = {}
+    exec(CELL, namespace)
+    assert notebook.parameters(namespace | {"In": ["", CELL]}) == BASE
+    assert notebook.parameters(namespace | {"In": [""]}) == BASE
+    with pytest.raises(DerkitError, match="no parameters found"):
+        notebook.parameters({"In": [""]})
+
+
 def test_guard_takes_what_papermill_gives():
     values = notebook.guard([CELL, "# Parameters\neps = '8/255'\nseed = 3.0\nfast = 'false'"],
                             BASE | dict(eps="8/255", seed=3.0, fast="false"))

@@ -21,6 +21,12 @@ _WHERE = {
     "evaluation": ("robust_accuracy", "strong_accuracy", "autoattack"),
     "training": ("train",),
     "records": ("Run", "load_runs"),
+    "generation": ("generate",),
+    "gen_config": ("GenerateConfig",),
+    "samples": ("Samples", "load_samples"),
+    "jobs": ("prepare",),
+    "metrics": ("metrics_table",),
+    "extractor": ("extractor_for",),
     "errors": ("DerkitError",),
 }
 _HOME = {name: module for module, names in _WHERE.items() for name in names}

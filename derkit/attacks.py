@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from derkit.attack_losses import LOSSES
 from derkit.energy import cross_entropy, upcast
 from derkit.errors import DerkitError, pick
 
@@ -90,30 +91,6 @@ def attack_mode(model: nn.Module, bn_mode: str = "eval") -> Iterator[None]:
             m.track_running_stats = tracked
         for m, training in modes:
             m.training = training
-
-
-# ------------------------------------------------------------------------------------------------------- losses
-def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """max_{j != y} f_j - f_y, (B,): positive means misclassified (the CW loss)."""
-    f = upcast(logits)
-    others = f.scatter(1, y.view(-1, 1), float("-inf")).amax(1)
-    return others - f.gather(1, y.view(-1, 1)).squeeze(1)
-
-
-def dlr(logits: Tensor, y: Tensor) -> Tensor:
-    """Difference of logits ratio (AutoAttack): margin over the gap between the largest and third-largest logit."""
-    if logits.shape[1] < 3:
-        raise DerkitError(f"loss 'dlr' needs at least 3 classes, found {logits.shape[1]}; use 'margin'.")
-    top = upcast(logits).topk(3, dim=1).values
-    return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
-
-
-def _kl(logits: Tensor, log_p: Tensor) -> Tensor:
-    """KL(p(.|x) || p(.|x*)) against fixed natural log-probabilities."""
-    return (log_p.exp() * (log_p - F.log_softmax(upcast(logits), 1))).sum(1)
-
-
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy, "kl": _kl, "margin": margin, "dlr": dlr}
 
 
 def input_gradient(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from derkit.data import Dataset, to_float
+from derkit.augment import to_float
+from derkit.data import Dataset
 from derkit.data_sources import home
 from derkit.errors import DerkitError
 from derkit.progress import progress

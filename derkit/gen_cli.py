@@ -33,8 +33,8 @@ def _load(options: argparse.Namespace):
     """(model, dataset) of the command line."""
     from derkit.checkpoint import load_checkpoint, load_model
     from derkit.data import load_dataset
+    from derkit.device import choose_device
     from derkit.progress import progress
-    from derkit.training import choose_device
 
     device = choose_device(options.device)
     content = load_checkpoint(options.checkpoint)

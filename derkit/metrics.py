@@ -17,7 +17,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from derkit.data import Dataset, Split, to_float
+from derkit.augment import to_float
+from derkit.data import Dataset, Split
 from derkit.errors import DerkitError
 from derkit.extractor import Extractor, torch_fidelity
 from derkit.progress import progress

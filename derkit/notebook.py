@@ -11,9 +11,9 @@ import pandas as pd
 import torch
 
 from derkit.config import AUTO, TrainConfig, check_names
+from derkit.device import choose_device, choose_precision
 from derkit.errors import DerkitError, nearest
 from derkit.plots import use_style
-from derkit.training import choose_device, choose_precision
 
 
 def _assigned(source: str) -> dict[str, str | None]:

@@ -19,50 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from derkit import alarms, attacks, energy, evaluation, losses, regularizers
+from derkit import alarms, energy, losses, regularizers
 from derkit.checkpoint import load_checkpoint, save_checkpoint
-from derkit.config import AUTO, TrainConfig
-from derkit.data import Dataset, Split, load_dataset
+from derkit.config import TrainConfig
+from derkit.data import Dataset, load_dataset
+from derkit.device import autocast, choose_device, choose_precision
 from derkit.errors import DerkitError, pick
 from derkit.evaluation import make_generator
 from derkit.models import build_model
 from derkit.progress import progress
 from derkit.records import Run, append_line, environment, keep_epochs, lock_folder, read_lines, runs_folder, write_json
+from derkit.reports import epoch_evaluation, final_evaluation
 from derkit.schedules import SCHEDULES
-
-
-# ---------------------------------------------------------------------------------------------- device, precision
-def choose_device(name: str = AUTO) -> torch.device:
-    """'auto': the first GPU, else the CPU. Raises DerkitError for a device that is not there."""
-    if name == AUTO:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise DerkitError(f"device {name!r} is not usable here ({str(error).splitlines()[0]}). Use device=auto or cpu.") from error
-    return device
-
-
-def choose_precision(config: TrainConfig, device: torch.device) -> tuple[str, str]:
-    """(precision, reason). bf16 wherever the GPU has it; fp16 gradients of inputs underflow, so attacks stay in fp32 there."""
-    if config.precision != AUTO:
-        return config.precision, "set in the config"
-    if device.type != "cuda":
-        return "fp32", f"auto on {device.type}"
-    if config.regularizer == "gradalign":
-        return "fp32", "gradalign's input gradients are too small for half precision"
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return "bf16", "the GPU has bf16"
-    if torch.cuda.get_device_capability(device)[0] >= 7:
-        return "fp16", "the GPU has fp16 but no bf16; attacks run in fp32"
-    return "fp32", "the GPU has no fast half precision"
-
-
-def _autocast(device: torch.device, precision: str):
-    if precision in ("bf16", "fp16"):
-        return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
-    return nullcontext()
 
 
 def model_from_config(config: TrainConfig, dataset: Dataset) -> nn.Module:
@@ -110,56 +78,6 @@ def train_step(step: losses.Step, context=nullcontext, attack_context=nullcontex
         statistics = dict(loss=loss.detach(), penalty=penalty.detach(), acc=(adv.argmax(1) == step.y).to(adv.dtype).mean(),
                           aae=aae, E_adv=energy.marginal_energy(adv).mean())
     return total, statistics
-
-
-# ------------------------------------------------------------------------------------------------------ evaluation
-def _attacked(model: nn.Module, split: Split, config: TrainConfig, steps: int) -> tuple[Tensor, Tensor]:
-    """Logits under FGSM and under PGD, at the config's eps and norm."""
-    pair = evaluation.fgsm_attack(config.eps, config.norm), evaluation.pgd_attack(config.eps, steps, norm=config.norm)
-    weak, hard = (evaluation.attack_split(model, split, attack)[1] for attack in pair)
-    return weak, hard
-
-
-def epoch_evaluation(model: nn.Module, dataset: Dataset, config: TrainConfig, epoch: int) -> dict[str, float]:
-    """Clean, FGSM and PGD accuracy on validation and probe images, energies of the probe, linearity at some cadence."""
-    out: dict[str, float] = {}
-    parts = {"valid": dataset.valid.take(slice(config.eval_size)), "probe": dataset.train.take(slice(config.probe_size))}
-    for name, split in parts.items():
-        natural = evaluation.predict(model, split)
-        weak, hard = _attacked(model, split, config, config.eval_steps)
-        out |= {f"{name}_clean": evaluation.accuracy(natural, split.labels), f"{name}_fgsm": evaluation.accuracy(weak, split.labels),
-                f"{name}_pgd": evaluation.accuracy(hard, split.labels),
-                f"{name}_loss": energy.cross_entropy(natural, split.labels).mean().item(),
-                f"{name}_pgd_loss": energy.cross_entropy(hard, split.labels).mean().item()}
-        out |= {f"{name}_pgd_{k}": v for k, v in evaluation.energy_summary(natural, hard, split.labels).items()}
-    probe = parts["probe"]
-    x, y = next(evaluation.float_batches(probe, model, len(probe)))
-    generator = make_generator(x.device, "probe", 0)
-    used = config.change(attack_bn="eval") if config.method != "standard" else config.change(attack_bn="eval", method="fgsm")
-    step = losses.Step(model, x, y, used, generator)
-    x_adv, _, start = losses.METHODS[used.method].attack(step)
-    with torch.no_grad(), attacks.attack_mode(model, "eval"):
-        natural, logits = model(x), model(x_adv)
-    out |= {f"probe_{k}": v for k, v in evaluation.energy_summary(natural, logits, y, start).items()}
-    if epoch % config.probe_every == 0 or epoch == config.epochs:
-        out["cos"] = evaluation.gradient_cosine(model, x, y, config.eps, generator).mean().item()
-        out["E_lin"] = evaluation.elle_linearity(model, x, y, config.eps, generator).mean().item()
-    return {k: round(v, 6) for k, v in out.items()}
-
-
-def final_evaluation(model: nn.Module, dataset: Dataset, config: TrainConfig) -> dict[str, float]:
-    """Test accuracies: clean, FGSM, PGD (config.final_steps), strong; with the numbers of images."""
-    test = dataset.test.take(slice(config.final_size or None))
-    natural = evaluation.predict(model, test)
-    weak, hard = _attacked(model, test, config, config.final_steps)
-    out = dict(clean=evaluation.accuracy(natural, test.labels), fgsm=evaluation.accuracy(weak, test.labels),
-               pgd=evaluation.accuracy(hard, test.labels), pgd_steps=config.final_steps, images=len(test))
-    out |= {k: v for k, v in evaluation.energy_summary(natural, hard, test.labels).items() if k in ("dE", "dEy", "aae")}
-    if config.strong_size:
-        part = dataset.test.take(slice(config.strong_size))
-        strong = evaluation.strong_accuracy(model, part, config.eps, steps=50, norm=config.norm)
-        out |= dict(strong=strong, strong_images=len(part))
-    return {k: round(v, 6) for k, v in out.items()}
 
 
 # ------------------------------------------------------------------------------------------------------- the run
@@ -216,7 +134,7 @@ def _train_epoch(state: _State, forward: nn.Module, dataset: Dataset, config: Tr
     dtype = torch.float64 if precision == "fp64" else torch.float32
 
     def context():
-        return _autocast(device, precision)
+        return autocast(device, precision)
 
     attack_context = nullcontext if precision == "fp16" else context
     state.model.train()

@@ -19,12 +19,13 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from derkit.augment import to_float
 from derkit.checkpoint import load_checkpoint, save_checkpoint
-from derkit.data import Split, load_dataset, to_float
+from derkit.data import Split, load_dataset
+from derkit.device import choose_device
 from derkit.errors import DerkitError
 from derkit.evaluation import make_generator
 from derkit.extractor import ExtractorNet
-from derkit.training import choose_device
 
 OUT = Path(__file__).resolve().parents[1] / "derkit" / "assets" / "extractor_fashion.pt"
 

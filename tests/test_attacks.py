@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from derkit import attacks
+from derkit import attack_losses, attacks
 from derkit.attacks import fgsm, input_gradient, n_fgsm, pgd, rs_fgsm
 from derkit.energy import cross_entropy
 from derkit.errors import DerkitError
@@ -175,8 +175,8 @@ def test_attacks_raise_their_loss(trained, batch, seeded):
         return trained(pgd(trained, x, y, EPS, steps=5, generator=seeded(), **options)).detach()
 
     assert (cross_entropy(after(), y) > cross_entropy(clean, y)).all()
-    assert attacks.margin(after(loss="margin"), y).mean() > attacks.margin(clean, y).mean() + 1
-    assert attacks.dlr(after(loss="dlr"), y).mean() > attacks.dlr(clean, y).mean()
+    assert attack_losses.margin(after(loss="margin"), y).mean() > attack_losses.margin(clean, y).mean() + 1
+    assert attack_losses.dlr(after(loss="dlr"), y).mean() > attack_losses.dlr(clean, y).mean()
     kl = F.kl_div(after(loss="kl").log_softmax(1), clean.softmax(1), reduction="none").sum(1)
     assert kl.min() > 0.1
     assert cross_entropy(after(norm="l2"), y).mean() > cross_entropy(clean, y).mean()
@@ -184,10 +184,10 @@ def test_attacks_raise_their_loss(trained, batch, seeded):
 
 def test_margin_and_dlr_by_hand():
     f = torch.tensor([[1.0, 4.0, 2.0], [5.0, 4.0, 1.0]])
-    assert attacks.margin(f, torch.tensor([1, 1])).tolist() == [-2.0, 1.0]
-    torch.testing.assert_close(attacks.dlr(f, torch.tensor([1, 1])), torch.tensor([-2 / 3, 1 / 4]))
+    assert attack_losses.margin(f, torch.tensor([1, 1])).tolist() == [-2.0, 1.0]
+    torch.testing.assert_close(attack_losses.dlr(f, torch.tensor([1, 1])), torch.tensor([-2 / 3, 1 / 4]))
     with pytest.raises(DerkitError, match="at least 3 classes"):
-        attacks.dlr(f[:, :2], torch.tensor([0, 1]))
+        attack_losses.dlr(f[:, :2], torch.tensor([0, 1]))
 
 
 @pytest.mark.parametrize("targets", ["least_likely", "random", "given"])

@@ -9,8 +9,9 @@ import sys
 import pytest
 
 from derkit import cli, training
-from derkit.config import PRESETS, TrainConfig
+from derkit.config import TrainConfig
 from derkit.errors import DerkitError
+from derkit.presets import PRESETS
 from derkit.records import Run
 
 TOY = [

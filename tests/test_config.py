@@ -7,10 +7,11 @@ import math
 import pytest
 
 from derkit.attacks import BN_MODES, NORMS
-from derkit.config import DEFAULT_PRESET, PRESETS, TrainConfig, check_names, help_text, parse_eps
-from derkit.data import AUGMENTATIONS
+from derkit.augment import AUGMENTATIONS
+from derkit.config import TrainConfig, check_names, help_text, parse_eps
 from derkit.errors import DerkitError
 from derkit.models import MODELS
+from derkit.presets import DEFAULT_PRESET, PRESETS
 
 
 @pytest.mark.parametrize(

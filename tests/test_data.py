@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from derkit import data_sources
-from derkit.data import CIFAR10, FASHION, MINI_SHA256, Split, augment_batch, load_dataset
+from derkit.augment import augment_batch
+from derkit.data import CIFAR10, FASHION, MINI_SHA256, Split, load_dataset
 from derkit.errors import DataError, DerkitError
 
 CIFAR_ARGS = dict(download=False, valid_size=10)

@@ -13,14 +13,15 @@ import derkit
 PACKAGE = Path(derkit.__file__).parent
 MODULES = {p.stem: p for p in PACKAGE.glob("*.py") if p.stem != "__init__"}
 ORDER = [  # each module imports from lines above its own only
-    {"errors", "progress", "schedules", "alarms"},
-    {"config", "data_sources"},
-    {"data", "records", "cli"},
+    {"errors", "progress", "schedules", "alarms", "presets"},
+    {"config", "data_sources", "augment"},
+    {"data", "records", "cli", "device"},
     {"models"},
     {"energy", "checkpoint"},
+    {"attack_losses"},
     {"attacks"},
     {"losses", "evaluation"},
-    {"regularizers"},
+    {"regularizers", "reports"},
     {"training"},
 ]
 RANK = {name: i for i, names in enumerate(ORDER) for name in names}
@@ -43,7 +44,7 @@ GRAPH = {name: imports(path) for name, path in MODULES.items()}
 
 
 def test_the_walk_sees_imports():
-    assert {"attacks", "losses", "records", "config"} <= GRAPH["training"] and "energy" in GRAPH["attacks"]
+    assert {"losses", "records", "config", "reports"} <= GRAPH["training"] and "energy" in GRAPH["attacks"]
 
 
 def test_core_modules_exist():

@@ -10,8 +10,8 @@ import torch
 
 from derkit import extractor as extractors
 from derkit import inception as inceptions
+from derkit.augment import to_float
 from derkit.checkpoint import load_checkpoint, save_checkpoint
-from derkit.data import to_float
 from derkit.errors import CheckpointError, DerkitError
 from derkit.extractor import ExtractorNet, extractor_for, load_extractor, register
 from derkit.generation import generate

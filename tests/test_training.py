@@ -13,11 +13,12 @@ from derkit import training
 from derkit.checkpoint import load_checkpoint, load_model
 from derkit.config import SCHEDULE_NAMES, TrainConfig
 from derkit.data import Split
+from derkit.device import choose_device, choose_precision
 from derkit.errors import DerkitError
 from derkit.evaluation import accuracy, predict
 from derkit.records import Run, read_lines
 from derkit.schedules import SCHEDULES
-from derkit.training import choose_device, choose_precision, model_from_config, run_folder, train
+from derkit.training import model_from_config, run_folder, train
 
 TIMING = ("seconds", "images_per_s")
 

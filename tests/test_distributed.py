@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from derkit import distributed
-from derkit.checkpoint import load_checkpoint
+from derkit import distributed, gen_cli
+from derkit.checkpoint import load_checkpoint, save_checkpoint
 from derkit.config import TrainConfig
 from derkit.errors import DerkitError
 from derkit.records import Run, lock_folder
+from derkit.samples import load_samples
 from tests import workers
 
 CASES = {
@@ -201,3 +202,75 @@ def test_every_process_has_a_device_of_its_own(monkeypatch):
 def test_sync_bn_is_not_compiled():
     with pytest.raises(DerkitError, match="set compile=false"):
         TrainConfig.make(sync_bn=True, compile=True)
+
+
+# ------------------------------------------------------------------------------------------------------ generation
+GENERATE = ["n=40", "shard_size=10", "init=pca", "stop=fixed", "steps=3"]
+
+
+def generate_words(folder, *more):
+    sets = [w for s in GENERATE for w in ("--set", s)]
+    return ["--checkpoint", str(folder / "final.pt"), "--device", "cpu", *sets, "--folder", *map(str, more)]
+
+
+def shards(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.glob("part_*.npz"))}
+
+
+@pytest.fixture
+def checkpoint(net, tmp_path):
+    save_checkpoint(tmp_path / "final.pt", net(), TrainConfig.make("fashion_mini", train_size=400).as_dict())
+    return tmp_path
+
+
+def test_two_processes_generate_the_bytes_of_one(checkpoint):
+    """Under torchrun: four shards by two processes, one manifest, one summary, printed once."""
+    status, out, errors, _ = torchrun(*generate_words(checkpoint, checkpoint / "two"), home=checkpoint, module=("-m", "derkit.generation"))
+    assert status == 0, errors
+    assert gen_cli.main(generate_words(checkpoint, checkpoint / "one")) == 0
+    assert len(shards(checkpoint / "one")) == 4 and shards(checkpoint / "two") == shards(checkpoint / "one")
+    one, two = (json.loads((checkpoint / n / "summary.json").read_text()) for n in ("one", "two"))
+    assert one | dict(seconds_per_1000=0) == two | dict(seconds_per_1000=0) and out.count("samples: ") == 1
+    assert (checkpoint / "one" / "manifest.json").read_bytes() == (checkpoint / "two" / "manifest.json").read_bytes()
+    lines = [(checkpoint / "two" / f"timing_{i}.jsonl").read_text().splitlines() for i in (1, 2)]
+    assert [[json.loads(line)["shard"] for line in part] for part in lines] == [[0, 2], [1, 3]]
+    assert len(load_samples(checkpoint / "two")) == 40
+
+
+def test_parts_by_hand_and_another_number_of_them(checkpoint, capsys):
+    """Part 2 of 3 alone, then all the rest by 1 of 2 and 2 of 2; the bytes do not know."""
+    folder = checkpoint / "parts"
+    assert gen_cli.main(generate_words(checkpoint, folder, "--part", "2/3")) == 0
+    out = capsys.readouterr().out
+    assert "part 2/3 is done; 3 of 4 shards" in out and "samples: " not in out
+    assert set(shards(folder)) == {"part_00001.npz"} and not (folder / "summary.json").exists()
+    kept = (folder / "part_00001.npz").stat().st_mtime_ns
+    with pytest.raises(DerkitError, match="not finished"):
+        load_samples(folder)
+    assert gen_cli.main(generate_words(checkpoint, folder, "--part", "2/2")) == 0
+    assert gen_cli.main(generate_words(checkpoint, folder, "--part", "1/2")) == 0
+    assert "samples: " in capsys.readouterr().out and (folder / "part_00001.npz").stat().st_mtime_ns == kept
+    assert gen_cli.main(generate_words(checkpoint, checkpoint / "one")) == 0
+    assert shards(folder) == shards(checkpoint / "one") and len(load_samples(folder)) == 40
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--part", "3/2"], "found 3/2"),
+    (["--part", "one"], "--part is I/N such as 1/4, found 'one'"),
+    (["--part", "1/5"], "Use at most 4 parts, or a shard_size of at most 8"),
+    (["--part", "1/2", "--fresh"], "delete the folder"),
+])
+def test_parts_that_cannot_be(checkpoint, capsys, words, message):
+    assert gen_cli.main(generate_words(checkpoint, checkpoint / "out", *words)) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and not (checkpoint / "out").exists()
+
+
+def test_a_lone_writer_and_parts_keep_off_each_other(checkpoint, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    (checkpoint / "out").mkdir()
+    for kind, words in ((fcntl.LOCK_EX, ["--part", "1/2"]), (fcntl.LOCK_SH, [])):
+        with open(checkpoint / "out" / ".lock", "a") as f:
+            fcntl.flock(f, kind)
+            assert gen_cli.main(generate_words(checkpoint, checkpoint / "out", *words)) == 2
+        assert "another process is writing" in capsys.readouterr().err

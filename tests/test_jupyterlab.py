@@ -3,7 +3,7 @@
     pip install -e ".[all,browser]" && DERKIT_BROWSER=1 pytest tests/test_jupyterlab.py -k 01
 
 DERKIT_CHROMIUM: path of the browser (default: chromium, chromium-browser or google-chrome on the PATH, else playwright's own).
-DERKIT_SCREENSHOTS: folder for one screenshot per notebook (the end of it) and one of its whole document (default: none).
+DERKIT_SCREENSHOTS: folder for a screenshot of each notebook at its last check (default: none).
 """
 
 import os
@@ -41,11 +41,14 @@ def server(tmp_path):
     folder, token, port = tmp_path / "lab", secrets.token_hex(16), free_port()
     shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     (folder / "derkit").symlink_to(ROOT / "derkit")
+    quiet = tmp_path / "JUPYTERLAB_SETTINGS_DIR" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    quiet.parent.mkdir(parents=True)
+    quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
     private = {k: str(tmp_path / k) for k in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR",
                                               "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")}
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     words = ["--no-browser", "--ip=127.0.0.1", f"--port={port}", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}",
-             "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+             "--LabApp.expose_app_in_browser=True"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         words.append("--allow-root")
     with open(tmp_path / "server.log", "w") as log:

@@ -144,7 +144,7 @@ def in_turn(call: Callable[[], T]) -> T:
     """``call()`` on one process of each machine, then on the others: what the first one downloads, they only read."""
     if world() == 1:
         return call()
-    early = os.environ["LOCAL_RANK"] == "0"
+    early = os.environ.get("LOCAL_RANK", "0") == "0"
     value = everywhere(lambda: call() if early else None)
     return everywhere(lambda: value if early else call())
 

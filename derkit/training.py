@@ -222,6 +222,7 @@ def train(config: TrainConfig, dataset: Dataset | None = None, *, model: nn.Modu
     with distributed.processes():
         say = print if verbose and distributed.rank() == 0 else (lambda *a, **k: None)
         config, dataset, device, why = distributed.in_turn(partial(_prepare, config, dataset, model))
+        distributed.everywhere(partial(_check_same_data, dataset, distributed.first(lambda: dataset.sha256)))
         folder = Path(folder) if folder else run_folder(config, dataset, model)
         if distributed.first(partial(_is_finished, folder, config, dataset, model, resume)):
             say(f"loaded the finished run {folder.name} (same config; not trained again)")
@@ -253,6 +254,11 @@ def _prepare(config: TrainConfig, dataset: Dataset | None, model: nn.Module | No
                                train_size=config.train_size, valid_size=config.valid_size,
                                image_size=config.image_size or None, progress=progress)
     return config if model is None else config.change(model="custom"), dataset, device, why
+
+
+def _check_same_data(dataset: Dataset, sha256: str) -> None:
+    if dataset.sha256 != sha256:
+        raise DerkitError(f"found other images of {dataset.name} ({dataset.source}) than process 0: give all machines the same data_dir.")
 
 
 def _is_finished(folder: Path, config: TrainConfig, dataset: Dataset, model: nn.Module | None, resume: bool) -> bool:

@@ -1,7 +1,7 @@
 """Run a notebook as it runs after an upload to Colab: Colab's Python and packages, derkit not installed, no repository around it.
 
-    python scripts/check_colab.py                               # notebook 01, Python 3.12, torch 2.11 (about 6 GB, minutes)
-    python scripts/check_colab.py --notebook 01 --python python3.12 --torch 2.11.0 --venv /tmp/colab-venv
+    python scripts/check_colab.py --python python3.12           # notebook 01 under torch 2.11 (about 6 GB, minutes)
+    python scripts/check_colab.py --python python3.12 --notebook 01 --torch 2.11.0 --venv /tmp/colab-venv
 
 A fresh venv gets torch, torchvision, numpy, matplotlib, seaborn, pandas, tqdm and a kernel, but not papermill, nbval, jupyterlab
 or derkit. The notebook and the folder derkit/ are copied to an empty folder, the cells run there from the first on (by
@@ -72,7 +72,7 @@ def verdicts(notebook: nbformat.NotebookNode) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--notebook", default="01", help="start of its name; default: 01, which needs no records of runs")
-    parser.add_argument("--python", default="python3.12")
+    parser.add_argument("--python", default=sys.executable, help="3.11 or newer; Colab has 3.12")
     parser.add_argument("--torch", default="2.11.0")
     parser.add_argument("--venv", type=Path, help="kept and used again; default: made for this check only")
     options = parser.parse_args()

@@ -21,6 +21,12 @@ def parse_sets(pairs: list[str]) -> dict[str, str]:
     return values
 
 
+def interrupted() -> int:
+    """One line after Ctrl-C, and the exit status that shells expect of it."""
+    print("interrupted: finished epochs and shards are kept, the same command goes on.", file=sys.stderr)
+    return 130
+
+
 def main(argv: list[str] | None = None) -> int:
     """``python -m derkit.training``: train one run and print where it is and what it reached. Returns the exit status."""
     parser = argparse.ArgumentParser("python -m derkit.training", description="Adversarial training with derkit.",
@@ -38,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     except (DerkitError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return interrupted()
     print(f"run folder: {run.folder}")
     print(json.dumps(run.final, indent=1))
     return 0

@@ -23,8 +23,8 @@ from derkit.gen_config import GenerateConfig
 from derkit.jobs import Job, prepare
 from derkit.models import describe
 from derkit.progress import progress
-from derkit.records import append_line, environment, read_lines, write_json
-from derkit.samples import Samples, concatenate, disk_errors, from_chains, shard_path
+from derkit.records import append_line, disk_errors, environment, read_lines, write_json
+from derkit.samples import Samples, concatenate, from_chains, shard_path
 
 
 def generate(model: nn.Module, dataset: Dataset, n: int | None = None, *, config: GenerateConfig | None = None,

@@ -28,7 +28,18 @@ from derkit.errors import DerkitError, pick
 from derkit.evaluation import make_generator
 from derkit.models import build_model
 from derkit.progress import progress
-from derkit.records import Run, append_line, environment, keep_epochs, lock_folder, read_lines, runs_folder, write_json
+from derkit.records import (
+    Run,
+    append_line,
+    disk_errors,
+    environment,
+    keep_epochs,
+    lock_folder,
+    read_lines,
+    remove_temporary,
+    runs_folder,
+    write_json,
+)
 from derkit.reports import epoch_evaluation, final_evaluation
 from derkit.schedules import SCHEDULES
 
@@ -166,6 +177,8 @@ def _train_epoch(state: _State, forward: nn.Module, dataset: Dataset, config: Tr
     if not all(math.isfinite(mean[f"train_{k}"]) for k in ("loss", "penalty")):
         bad = int((~torch.isfinite(series["loss"] + series["penalty"])).nonzero()[0]) + 1
         raise FloatingPointError(f"the loss is not finite at epoch {state.epoch + 1}, step {bad} of {per_epoch}.")
+    if not torch.stack([p.isfinite().all() for p in state.model.parameters()]).all():  # a NaN gradient, hidden by the net
+        raise FloatingPointError(f"the weights are not finite after epoch {state.epoch + 1}.")
     keep = {k: [round(v, 4) if math.isfinite(v) else None for v in series[k].tolist()] for k in ("loss", "acc", "aae")}
     return dict(**{k: round(v, 6) for k, v in mean.items()}, lr=rate, images_per_s=round(len(dataset.train) / seconds, 1),
                 seconds=round(seconds, 3), steps=keep)
@@ -189,11 +202,23 @@ def run_folder(config: TrainConfig, dataset: Dataset, model: nn.Module | None = 
 def _refuse_other_run(folder: Path, config: TrainConfig, dataset: Dataset, model: nn.Module | None) -> None:
     """Raise DerkitError where the folder holds a run of another config, other data or another model."""
     found = Run(folder).config
-    same = {"another config": TrainConfig(**found["train"]).hash() == config.hash(),
-            "other data": found["data_sha256"] == dataset.sha256,
-            "another model": found.get("model", "") == _signature(model)}
+    try:
+        same = {"another config": TrainConfig(**found["train"]).hash() == config.hash(),
+                "other data": found["data_sha256"] == dataset.sha256,
+                "another model": found.get("model", "") == _signature(model)}
+    except (KeyError, TypeError) as error:  # not written by this kit, or by another version of it
+        raise DerkitError(f"{folder / 'config.json'} is not the config of a run ({error}). Choose another folder, or "
+                          "resume=False to replace it.") from error
     for what in (w for w, equal in same.items() if not equal):
         raise DerkitError(f"{folder} holds a run of {what}. Choose another folder, or resume=False to replace it.")
+
+
+def _finished(folder: Path, config: TrainConfig, dataset: Dataset, model: nn.Module | None) -> Run | None:
+    """The finished run in the folder; None where it is unfinished or not begun, DerkitError where it is another one."""
+    finished = (folder / "final.json").is_file()
+    if finished or (folder / "last.pt").is_file():
+        _refuse_other_run(folder, config, dataset, model)
+    return Run(folder) if finished else None
 
 
 def train(config: TrainConfig, dataset: Dataset | None = None, *, model: nn.Module | None = None,
@@ -204,7 +229,8 @@ def train(config: TrainConfig, dataset: Dataset | None = None, *, model: nn.Modu
     place unless the run is only loaded: `load_model(run.folder / "best.pt", model=...)` gives the weights either way.
     folder: default `run_folder`. A finished run with the same config is loaded, not trained again; an unfinished one goes
     on from its last epoch to the same result (``resume=False``: starts anew).
-    Raises DerkitError on bad input before any work, FloatingPointError when the loss is not finite.
+    Raises DerkitError on bad input before any work and where the disk is full or the folder not writable (what is there
+    stays, the same call goes on later), FloatingPointError when loss or weights are not finite (it names what is good).
     """
     say = print if verbose else (lambda *a, **k: None)
     device = choose_device(config.device)
@@ -218,17 +244,19 @@ def train(config: TrainConfig, dataset: Dataset | None = None, *, model: nn.Modu
     if model is not None:
         config = config.change(model="custom")
     folder = Path(folder) if folder else run_folder(config, dataset, model)
-    if resume and ((folder / "final.json").is_file() or (folder / "last.pt").is_file()):
-        _refuse_other_run(folder, config, dataset, model)
-    if resume and (folder / "final.json").is_file():
+    if resume and (run := _finished(folder, config, dataset, model)):
         say(f"loaded the finished run {folder.name} (same config; not trained again)")
-        return Run(folder)
+        return run
 
-    signature = _signature(model)
+    signature, user_model = _signature(model), model
     model = model if model is not None else model_from_config(config, dataset)
     state = _new_state(config, model, device, precision)
-    folder.mkdir(parents=True, exist_ok=True)
-    with lock_folder(folder):
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder), lock_folder(folder):
+        if resume and (run := _finished(folder, config, dataset, user_model)):
+            return run  # another process was quicker
+        remove_temporary(folder)
         if resume and (folder / "last.pt").is_file():
             state.restore(load_checkpoint(folder / "last.pt", device))
             keep_epochs(folder / "metrics.jsonl", state.epoch)
@@ -240,8 +268,18 @@ def train(config: TrainConfig, dataset: Dataset | None = None, *, model: nn.Modu
         write_json(folder / "config.json", dict(train=config.as_dict(), dataset=dataset.name, source=dataset.source,
                                                 data_sha256=dataset.sha256, sizes=sizes, classes=dataset.classes, model=signature))
         write_json(folder / "env.json", environment(device, precision, why))
-        _fit(folder, state, dataset, config, precision, say)
+        try:
+            _fit(folder, state, dataset, config, precision, say)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} {_last_good(folder)}") from None
         return _finish(folder, state, dataset, config)
+
+
+def _last_good(folder: Path) -> str:
+    """What a run that stopped on NaN has left, in words."""
+    if not (folder / "last.pt").is_file():
+        return "No checkpoint was written before."
+    return f"The last good one is {folder / 'last.pt'} (epoch {load_checkpoint(folder / 'last.pt')['epoch']})."
 
 
 def _fit(folder: Path, state: _State, dataset: Dataset, config: TrainConfig, precision: str, say) -> None:

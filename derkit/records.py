@@ -108,7 +108,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             rows.append(json.loads(line))
-        except ValueError:  # broken JSON, or a character cut in half
+        except (ValueError, RecursionError):  # broken JSON, or a character cut in half
             if i < len(lines) - 1:
                 raise DerkitError(f"{path}, line {i + 1} is not JSON.") from None
             warnings.warn(f"{path.name}: the last line is truncated and was skipped.", stacklevel=2)
@@ -173,7 +173,7 @@ class Run:
         path = self.folder / name
         try:
             found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except ValueError as error:  # broken JSON, or bytes that are no text
+        except (ValueError, RecursionError) as error:  # broken JSON, or bytes that are no text
             raise DerkitError(f"{path} is not JSON ({error}). Restore or delete it.") from None
         if not isinstance(found, dict):
             raise DerkitError(f"{path} holds a {type(found).__name__}, not a record. Restore or delete it.")

@@ -54,7 +54,7 @@ def read_manifest(path: str | os.PathLike, overrides: dict[str, Any] | None = No
     """The jobs of a manifest, all seeds of the first run before the second. Raises DerkitError for a bad file or field."""
     try:
         manifest = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not re.fullmatch(r"\w[\w.-]*", str(manifest["name"])):  # it becomes a folder's name
+        if not isinstance(manifest["name"], str) or not re.fullmatch(r"\w[\w.-]*", manifest["name"]):  # a folder's name
             raise DerkitError(f"{path}: name must be letters, digits, _, - and ., found {manifest['name']!r}.")
         common, runs = manifest.get("set", {}), manifest["runs"]
         jobs = []
@@ -62,8 +62,8 @@ def read_manifest(path: str | os.PathLike, overrides: dict[str, Any] | None = No
             for seed in run.get("seeds", manifest.get("seeds", [0])):
                 values = common | run.get("set", {}) | {"seed": seed} | (overrides or {})
                 config = TrainConfig.make(run.get("preset", manifest.get("preset")), **values)
-                jobs.append(Job(manifest["name"], run["label"], order, config))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+                jobs.append(Job(manifest["name"], str(run["label"]), order, config))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise DerkitError(f"{path} is not a suite manifest: {error!r}.") from error
     if len({j.slug for j in jobs}) != len(jobs):
         raise DerkitError(f"{path}: two runs have the same label and seed.")

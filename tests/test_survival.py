@@ -100,12 +100,14 @@ def draw(rng, task, seconds):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("task, seeds", [("train", range(12)), ("generate", range(12))], ids=["training", "generation"])
-def test_killed_again_and_again(task, seeds, server, undisturbed, tmp_path):
-    """At least 20 kills of each task, at most five of a run; then it is left to finish."""
+@pytest.mark.parametrize("task", ["train", "generate"])
+def test_killed_again_and_again(task, server, undisturbed, tmp_path):
+    """20 kills of each task or a few more, at most five of a run; then it is left to finish."""
     expected, seconds = undisturbed[task]
     result, killed, kinds = (record if task == "train" else shards), 0, set()
-    for seed in seeds:
+    for seed in range(40):
+        if killed >= 20:
+            break
         rng, folder, here, done = random.Random(seed), tmp_path / f"{seed}" / "run", 0, None
         folder.parent.mkdir()
         while here < 5 and done != 0:

@@ -54,14 +54,16 @@ def read_manifest(path: str | os.PathLike, overrides: dict[str, Any] | None = No
     """The jobs of a manifest, all seeds of the first run before the second. Raises DerkitError for a bad file or field."""
     try:
         manifest = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(manifest["name"], str) or not re.fullmatch(r"\w[\w.-]*", manifest["name"]):  # a folder's name
+            raise DerkitError(f"{path}: name must be letters, digits, _, - and ., found {manifest['name']!r}.")
         common, runs = manifest.get("set", {}), manifest["runs"]
         jobs = []
         for order, run in enumerate(runs):
             for seed in run.get("seeds", manifest.get("seeds", [0])):
                 values = common | run.get("set", {}) | {"seed": seed} | (overrides or {})
                 config = TrainConfig.make(run.get("preset", manifest.get("preset")), **values)
-                jobs.append(Job(manifest["name"], run["label"], order, config))
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+                jobs.append(Job(manifest["name"], str(run["label"]), order, config))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise DerkitError(f"{path} is not a suite manifest: {error!r}.") from error
     if len({j.slug for j in jobs}) != len(jobs):
         raise DerkitError(f"{path}: two runs have the same label and seed.")
@@ -120,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override in every run")
     parser.add_argument("--dry-run", action="store_true", help="print the runs and stop")
     options = parser.parse_args(argv)
-    from derkit.cli import parse_sets
+    from derkit.cli import interrupted, parse_sets
 
     try:
         jobs = read_manifest(options.manifest, parse_sets(options.set))
@@ -137,7 +139,10 @@ def main(argv: list[str] | None = None) -> int:
         for job in jobs:
             print(f"{job.slug}: {job.config.method}, {job.config.regularizer}, eps {job.config.eps:.4f}, {job.config.epochs} epochs")
         return 0
-    return 1 if run(jobs, options.jobs, options.threads) else 0
+    try:
+        return 1 if run(jobs, options.jobs, options.threads) else 0
+    except KeyboardInterrupt:  # the runs got it as well, and keep what they have
+        return interrupted()
 
 
 if __name__ == "__main__":

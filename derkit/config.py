@@ -131,6 +131,8 @@ class TrainConfig:
     final_size: int = _opt(1000, "test images of the final evaluation; 0 = all", paper="10000", low=0)
     final_steps: int = _opt(20, "PGD steps of the final evaluation", paper="20 or 50", low=1)
     strong_size: int = _opt(200, "test images of the strong evaluation (worst case over CE and margin PGD); 0 = none", low=0)
+    pgd50_size: int = _opt(0, "test images of the final PGD-50-10 (50 steps of eps/4, 10 restarts); 0 = none", paper="10000", low=0, identity=False)
+    autoattack_size: int = _opt(0, "test images of the final AutoAttack (extra: eval); 0 = none", paper="10000", low=0, identity=False)
     stop_on_co: bool = _opt(False, "stop when the catastrophic-overfitting alarm goes off")
     # run
     seed: int = _opt(0, "seed of everything random", low=0)

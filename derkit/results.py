@@ -14,7 +14,7 @@ from derkit.diagnosis import co_onset
 from derkit.errors import DerkitError, nearest
 from derkit.records import Run, load_runs
 
-METRICS = ("clean", "fgsm", "pgd", "strong", "dE", "aae")
+METRICS = ("clean", "fgsm", "pgd", "pgd50", "strong", "aa", "dE", "aae")
 
 
 def records_folder() -> Path:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from derkit import alarms, energy, losses, regularizers
-from derkit.checkpoint import load_checkpoint, save_checkpoint
+from derkit.checkpoint import load_checkpoint, load_model, save_checkpoint
 from derkit.config import TrainConfig
 from derkit.data import Dataset, load_dataset
 from derkit.device import autocast, choose_device, choose_precision
@@ -29,7 +29,7 @@ from derkit.evaluation import make_generator
 from derkit.models import build_model
 from derkit.progress import progress
 from derkit.records import Run, append_line, environment, keep_epochs, lock_folder, read_lines, runs_folder, write_json
-from derkit.reports import epoch_evaluation, final_evaluation
+from derkit.reports import check_further, epoch_evaluation, final_evaluation, further_evaluation, missing
 from derkit.schedules import SCHEDULES
 
 
@@ -218,11 +218,12 @@ def train(config: TrainConfig, dataset: Dataset | None = None, *, model: nn.Modu
     if model is not None:
         config = config.change(model="custom")
     folder = Path(folder) if folder else run_folder(config, dataset, model)
+    check_further(dataset, config)
     if resume and ((folder / "final.json").is_file() or (folder / "last.pt").is_file()):
         _refuse_other_run(folder, config, dataset, model)
     if resume and (folder / "final.json").is_file():
         say(f"loaded the finished run {folder.name} (same config; not trained again)")
-        return Run(folder)
+        return _complete(folder, dataset, config, model, say)
 
     signature = _signature(model)
     model = model if model is not None else model_from_config(config, dataset)
@@ -282,6 +283,23 @@ def _finish(folder: Path, state: _State, dataset: Dataset, config: TrainConfig) 
         model.load_state_dict(load_checkpoint(folder / "best.pt", dataset.train.images.device)["state"])
         result["best"] = final_evaluation(model, dataset, config)
     write_json(folder / "final.json", result)
+    return Run(folder)
+
+
+def _complete(folder: Path, dataset: Dataset, config: TrainConfig, model: nn.Module | None, say) -> Run:
+    """A finished run, with the PGD-50-10 and AutoAttack that the config asks for and that it lacks, from its checkpoints."""
+    result = Run(folder).final
+    if not missing(result["last"], dataset, config):
+        return Run(folder)
+    with lock_folder(folder):
+        for which, file in (("last", "final.pt"), ("best", "best.pt")):
+            if which == "best" and result["best_epoch"] == result["last_epoch"]:
+                result["best"] = result["last"]
+                continue
+            say(f"evaluating {folder.name}, {which} epoch: {', '.join(missing(result[which], dataset, config))}")
+            judged = load_model(folder / file, model=copy.deepcopy(model), device=dataset.train.images.device)
+            result[which] |= further_evaluation(judged, dataset, config, result[which])
+            write_json(folder / "final.json", result)
     return Run(folder)
 
 

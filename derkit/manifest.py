@@ -51,7 +51,7 @@ class Job:
 
     @property
     def slug(self) -> str:
-        return re.sub(r"[^a-z0-9]+", "_", self.label.lower()).strip("_") + f"-s{self.config.seed}"
+        return f"{_slug(self.label)}-s{self.config.seed}"
 
     @property
     def folder(self) -> Path:
@@ -120,11 +120,13 @@ def load_manifest(path: str | os.PathLike, overrides: dict[str, Any] | None = No
                 for place, seed in enumerate(run.get("seeds", content.get("seeds", [0])))]
         jobs = [_job(content, run, i, seed, overrides) for i, run, seed, _ in sorted(rows, key=lambda row: (row[3], row[0]))]
         jobs = [_with_sweep(job, runs[job.order], jobs) for job in jobs]
-        first = {job.label: job.config for job in reversed(jobs)}
-        claims = [_claim(c | {"run": _owner(c, run)}, labels, first[_owner(c, run)]) for run in _owners(runs) for c in run["expect"]]
+        plain = {run["label"]: _job(content, run, 0, 0, {}).config for run in runs}  # published values are of these settings
+        claims = [_claim(c | {"run": _owner(c, run)}, labels, plain[_owner(c, run)]) for run in _owners(runs) for c in run["expect"]]
         claims += [_claim(c | {"run": name}, labels) for c in content.get("claims", []) for name in _matching(c["run"], labels)]
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise DerkitError(f"{path} is not a suite manifest: {error!r}.") from error
+    if any(job.changed for job in jobs):
+        claims = []
     return Manifest(content["name"], content.get("about", ""), [resolve(job, jobs) for job in jobs], claims)
 
 

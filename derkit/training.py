@@ -289,16 +289,16 @@ def _finish(folder: Path, state: _State, dataset: Dataset, config: TrainConfig) 
 def _complete(folder: Path, dataset: Dataset, config: TrainConfig, model: nn.Module | None, say) -> Run:
     """A finished run, with the PGD-50-10 and AutoAttack that the config asks for and that it lacks, from its checkpoints."""
     result = Run(folder).final
-    if not missing(result["last"], dataset, config):
+    if not any(missing(result[which], dataset, config) for which in ("last", "best")):
         return Run(folder)
     with lock_folder(folder):
         for which, file in (("last", "final.pt"), ("best", "best.pt")):
             if which == "best" and result["best_epoch"] == result["last_epoch"]:
                 result["best"] = result["last"]
-                continue
-            say(f"evaluating {folder.name}, {which} epoch: {', '.join(missing(result[which], dataset, config))}")
-            judged = load_model(folder / file, model=copy.deepcopy(model), device=dataset.train.images.device)
-            result[which] |= further_evaluation(judged, dataset, config, result[which])
+            elif lacking := missing(result[which], dataset, config):
+                say(f"evaluating {folder.name}, {which} epoch: {', '.join(lacking)}")
+                judged = load_model(folder / file, model=copy.deepcopy(model), device=dataset.train.images.device)
+                result[which] |= further_evaluation(judged, dataset, config, result[which])
             write_json(folder / "final.json", result)
     return Run(folder)
 

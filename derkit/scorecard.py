@@ -26,7 +26,7 @@ from derkit.manifest import Claim, Job, Manifest, load_manifest
 from derkit.records import Run
 from derkit.results import records_folder
 
-COLUMNS = ("claim", "run", "condition", "published", "bar", "source", "ours", "seeds", "record", "verdict")
+COLUMNS = ("suite", "claim", "run", "condition", "published", "bar", "source", "ours", "seeds", "record", "verdict")
 
 
 def suites_folder() -> Path:
@@ -123,7 +123,7 @@ def judge(claim: Claim, manifest: Manifest, manifests: Mapping[str, Manifest], r
     bar = " and ".join(f"{name} ({o})" for name, o in others.items()) or f"{claim.value:g}{tolerance}"
     seeds = f"{len(ours.values)} of {ours.wanted}"
     record = f"{manifest.name}/{ours.folders[0].rpartition('-s')[0]}-s*" if ours.folders else "-"
-    return dict(claim=claim.text, run=claim.run, condition=condition(config, ours.source), bar=sign + bar,
+    return dict(suite=manifest.name, claim=claim.text, run=claim.run, condition=condition(config, ours.source), bar=sign + bar,
                 published=f"{claim.value:g}" if claim.published else "-", source=_source(claim), ours=str(ours), seeds=seeds,
                 record=record, verdict=verdict)
 
@@ -156,6 +156,13 @@ def scorecard(names: Sequence[str] = (), suites: Path | None = None, records: Pa
 def counts(table: pd.DataFrame) -> dict[str, int]:
     """How many claims have which verdict: {'PASS': n, 'FAIL': n, 'not run': n}."""
     return {verdict: int((table["verdict"] == verdict).sum()) for verdict in ("PASS", "FAIL", "not run")}
+
+
+def by_claim(table: pd.DataFrame) -> pd.DataFrame:
+    """The scorecard in short: a row per suite and claim, over all runs that it speaks of. Columns runs, PASS, FAIL, not run."""
+    rows = [dict(suite=suite, claim=claim, runs=len(part), **counts(part))
+            for (suite, claim), part in table.groupby(["suite", "claim"], sort=False)]
+    return pd.DataFrame(rows, columns=["suite", "claim", "runs", "PASS", "FAIL", "not run"])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -159,10 +159,10 @@ def counts(table: pd.DataFrame) -> dict[str, int]:
 
 
 def by_claim(table: pd.DataFrame) -> pd.DataFrame:
-    """The scorecard in short: a row per suite and claim, over all runs that it speaks of. Columns runs, PASS, FAIL, not run."""
+    """The scorecard in short: a row per suite and claim, over all runs that it speaks of. Columns runs, PASS, not run, FAIL."""
     rows = [dict(suite=suite, claim=claim, runs=len(part), **counts(part))
             for (suite, claim), part in table.groupby(["suite", "claim"], sort=False)]
-    return pd.DataFrame(rows, columns=["suite", "claim", "runs", "PASS", "FAIL", "not run"])
+    return pd.DataFrame(rows, columns=["suite", "claim", "runs", "PASS", "not run", "FAIL"])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -134,3 +134,11 @@ def test_the_repository(capsys, tmp_path):
     assert cards.main(["co_fashion_mini", "--csv", str(tmp_path / "card.csv")]) == 0
     assert "FGSM collapses in every seed" in capsys.readouterr().out and (tmp_path / "card.csv").stat().st_size > 500
     assert cards.main(["co_fashion_min"]) == 2 and "Did you mean" in capsys.readouterr().err
+
+
+def test_by_claim_counts_the_runs_of_a_claim(suites, tmp_path, put):
+    put("base", 0)
+    put("base", 1)
+    table = cards.by_claim(cards.scorecard(suites=suites, records=tmp_path / "records"))
+    assert table.values.tolist() == [["toy", "base: pgd50, last epoch", 1, 1, 0, 0], ["toy", "no collapse", 1, 0, 1, 0],
+                                     ["toy", "stronger", 1, 0, 1, 0], ["toy", "gap", 1, 0, 1, 0]]

@@ -113,15 +113,25 @@ def calibration_file(jobs: Sequence[Job]) -> Path:
 
 
 def calibrate(jobs: Sequence[Job]) -> dict[str, float]:
-    """Seconds per epoch, its evaluation included, for every cost key: one epoch of each is run in a temporary folder."""
+    """Seconds per epoch, its evaluation included, for every cost key: one epoch of each is run in a temporary folder.
+
+    The first one also pays for the start of the device. What is measured is kept for --dry-run.
+    """
+    from derkit.data import load_dataset
+    from derkit.device import choose_device
     from derkit.training import train
 
     costs: dict[str, float] = {}
+    data = {}
     for config in {cost_key(j.config): j.config for j in reversed(jobs)}.values():
         one = config.change(epochs=1, final_size=1, strong_size=0, pgd50_size=0, autoattack_size=0)
+        key = (one.dataset, one.data_dir, one.train_size, one.valid_size, one.device)
+        if key not in data:
+            data[key] = load_dataset(one.dataset, one.data_dir or None, choose_device(one.device), download=one.download,
+                                     train_size=one.train_size, valid_size=one.valid_size, image_size=one.image_size or None)
         with tempfile.TemporaryDirectory() as folder:
             began = time.perf_counter()
-            train(one, folder=Path(folder) / "run", verbose=False)
+            train(one, data[key], folder=Path(folder) / "run", verbose=False)
             costs[cost_key(config)] = round(time.perf_counter() - began, 3)
         print(f"{costs[cost_key(config)]:9.1f} s an epoch: {cost_key(config)}", flush=True)
     write_json(calibration_file(jobs), costs)

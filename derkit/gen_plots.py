@@ -145,7 +145,7 @@ def energy_histograms(sets: Mapping[str, np.ndarray | Tensor], xlabel: str = "E(
     figure, axis = plt.subplots(figsize=(5.6, 3.2))
     values = {k: np.asarray(v, dtype=float) for k, v in sets.items()}
     everything = np.concatenate(list(values.values()))
-    count = int(np.clip(min(map(len, values.values())) / 8, 10, 40))  # fewer bins for few samples
+    count = int(np.clip(min(map(len, values.values())) / 12, 10, 40))  # fewer bins for few samples
     bins = np.linspace(*np.quantile(everything, [0.002, 0.998]), count)
     for i, (name, v) in enumerate(values.items()):
         density, _ = np.histogram(np.clip(v, bins[0], bins[-1]), bins, density=True)
@@ -177,8 +177,10 @@ def trade_off(curves: Mapping[str, pd.DataFrame], x: str, y: str, label: str, fl
     figure, axis = plt.subplots(figsize=(5.8, 4.0))
     for i, (name, table) in enumerate(curves.items()):
         axis.plot(table[x], table[y], color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], label=name, ms=5)
+        at, side = [((5, 4), "left"), ((5, -9), "left"), ((-5, -9), "right"), ((-5, 4), "right")][i % 4]  # lines meet: keep words apart
         for _, row in table.iterrows():
-            axis.annotate(str(row[label]), (row[x], row[y]), xytext=(4, 3), textcoords="offset points", fontsize=7)
+            axis.annotate(str(row[label]), (row[x], row[y]), xytext=at, textcoords="offset points", fontsize=7, ha=side,
+                          color=COLORS[i % len(COLORS)])
     if floor is not None:
         axis.axvline(floor[x], color="0.3", ls="--", lw=1, label="real images")
         axis.axhline(floor[y], color="0.3", ls="--", lw=1)
@@ -198,5 +200,5 @@ def class_bars(per_class: pd.DataFrame, column: str, sets: Sequence[str], save: 
                  hatch=hatches[i % 4], edgecolor="0.2")
     axis.set_xticks(range(len(classes)), classes, rotation=30, ha="right")
     axis.set_ylabel(column)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, ncols=len(sets), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     _finish(figure, save)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
+from derkit.data import Dataset
 from derkit.data_sources import home
 from derkit.errors import DerkitError
-from derkit.extractor import Extractor, torch_fidelity
+from derkit.extractor import Extractor, extractor_for, torch_fidelity
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_PREFIX = "6726825d"  # of the file's sha256
@@ -54,3 +55,15 @@ def inception(path: str | os.PathLike | None = None, required: bool = False) -> 
         raise DerkitError(f"{file} has sha256 {sha256[:8]}..., expected {INCEPTION_PREFIX}...: damaged, or another "
                           f"file. Download {INCEPTION_URL} again.")
     return Extractor("inception-v3-compat", "I", sha256, path=file, info=dict(weights=INCEPTION_FILE))
+
+
+def judge(dataset: Dataset, file: str | os.PathLike | None = None) -> Extractor | None:
+    """What samples of a data set are judged by: Inception from ``file`` where one is given (a missing or wrong file is
+    an error), else the offline extractor. Where there is none: one printed line on how to get one, and None."""
+    if file:
+        return inception(file, required=True)
+    try:
+        return extractor_for(dataset)
+    except DerkitError as error:
+        print(f"Distances are left out: {error}")
+        return None

@@ -134,27 +134,27 @@ def _balanced(split: Split, n: int, classes: list[int]) -> Split:
     return split.take(torch.cat(index))
 
 
-def _measure(images: Tensor, labels: Tensor, real: Split, extractor: Extractor, names: list[str],
+def _measure(images: Tensor, labels: Tensor, real: Split, extractor: Extractor | None, names: list[str],
              near: tuple[Tensor, Tensor], real_distance: Tensor) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """(overall row, rows per class) of one set of images."""
-    logits, spread = extractor.logits(images), pairwise(images, labels)
+    logits, spread = extractor.logits(images) if extractor else None, pairwise(images, labels)
     agree = None if logits is None else (logits.argmax(1) == labels.to(logits.device)).double().cpu()
     per_class = []
     for c in labels.unique().tolist():
         mine, theirs = images[labels == c], real.images[real.labels == c]
         enough = len(mine) > 1 and len(theirs) > 1
-        found = fidelity(mine, theirs, extractor, only="kernel") if enough else {}
+        found = fidelity(mine, theirs, extractor, only="kernel") if extractor and enough else {}
         per_class.append({"class": names[c], "n": len(mine)} | found | {
             "agreement": float("nan") if agree is None else agree[labels == c].mean().item(), "pairwise L2": spread[c],
             "nearest-train L2": near[0][near[1] == c].mean().item()})
-    row = fidelity(images, real.images, extractor) | {
+    row = (fidelity(images, real.images, extractor) if extractor else {}) | {
         "agreement": float("nan") if agree is None else agree.mean().item(),
         "pairwise L2": float(np.nanmean(list(spread.values()))), "nearest-train L2": near[0].mean().item(),
         "near copies": near_copies(near[0], real_distance), "saturated": saturated(images)}
     return {"n": len(images)} | row, per_class
 
 
-def metrics_table(samples: Mapping[str, Samples], dataset: Dataset, extractor: Extractor,
+def metrics_table(samples: Mapping[str, Samples], dataset: Dataset, extractor: Extractor | None,
                   reference: str = "test") -> MetricsTable:
     """All metrics of one or more sets of samples, with the rows that make them readable:
 
@@ -168,8 +168,8 @@ def metrics_table(samples: Mapping[str, Samples], dataset: Dataset, extractor: E
     training image than 99 % of real test images); saturated pixels; steps; s / 1000 images. Energies and class labels
     of the generating classifier enter nowhere. Class-balanced sets bring the CKD of the floor slightly below 0.
 
-    reference: 'test' or 'train', the real images of every row. Raises DerkitError for sets of different sizes or data,
-    and where the extractor is the generating classifier.
+    extractor: None leaves out what needs one. reference: 'test' or 'train', the real images of every row. Raises
+    DerkitError for sets of different sizes or data, and where the extractor is the generating classifier.
     """
     if not samples:
         raise DerkitError("metrics_table needs at least one set of samples.")
@@ -182,7 +182,7 @@ def metrics_table(samples: Mapping[str, Samples], dataset: Dataset, extractor: E
                               "of different sizes are not comparable and never stand in one table.")
         if s.record.get("data_sha256", dataset.sha256) != dataset.sha256:
             raise DerkitError(f"{name!r} was generated from other data than {dataset.name}.")
-        if s.record.get("model_sha256") == extractor.sha256:
+        if extractor and s.record.get("model_sha256") == extractor.sha256:
             raise DerkitError("the extractor is the classifier that generated the samples: it must be another one.")
     classes = sorted(set(first.labels.tolist()))
     cpu = {"train": _cpu(dataset.train), "test": _cpu(dataset.test)}
@@ -208,7 +208,8 @@ def metrics_table(samples: Mapping[str, Samples], dataset: Dataset, extractor: E
         overall.append({"images": name} | row | {"steps": float("nan"), "s / 1000": float("nan")} | more)
         per_class += [{"images": name} | r for r in rows]
     info = dict(reference=reference, n_reference=len(real), n=len(first), classes=[dataset.classes[c] for c in classes],
-                extractor=extractor.name, extractor_sha256=extractor.sha256, extractor_info=extractor.info,
+                **(dict(extractor=extractor.name, extractor_sha256=extractor.sha256, extractor_info=extractor.info)
+                   if extractor else dict(extractor=None)),
                 dataset=dataset.name, source=dataset.source, data_sha256=dataset.sha256, selection="none",
                 quantised="uint8, rounded", **protocol(len(first), len(real)),
                 samples={name: {k: v for k, v in s.record.items() if k != "shards"} for name, s in samples.items()})

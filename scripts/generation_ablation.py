@@ -16,12 +16,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import numpy as np
 
 from derkit.checkpoint import load_model
 from derkit.config import TrainConfig
 from derkit.data import Dataset, load_dataset
 from derkit.extractor import extractor_for
+from derkit.gen_results import generation_summary
 from derkit.generation import generate
 from derkit.metrics import metrics_table
 from derkit.records import write_json
@@ -59,6 +60,9 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+PICTURES = ("ECCV'24, eta 0.8, 20 steps", "local PCA, quantile stop", "local PCA, tau .7, quantile stop")
+
+
 def classifier(name: str, seed: int, dataset: Dataset):
     """(model, its run) for one row of MODELS, trained once."""
     run = train(TrainConfig.make("fashion_mini", **TRAINING | MODELS[name] | dict(seed=seed)), dataset, verbose=False)
@@ -91,16 +95,16 @@ def measure(part: str, models: list[str], seeds: int, n: int, reference: str) ->
                 per_class=per_class, chains=used)
 
 
-def summary(record: dict[str, Any]) -> pd.DataFrame:
-    """Mean over seeds, and the spread of the Frechet distance."""
-    rows = pd.DataFrame(record["rows"])
-    columns = ["CFD", "CKD", "precision", "recall", "agreement", "pairwise L2", "nearest-train L2", "near copies",
-               "steps", "s / 1000"]
-    groups = rows.groupby(["model", "images"], sort=False)
-    out = groups[columns].mean()
-    out.insert(1, "CFD min", groups["CFD"].min())
-    out.insert(2, "CFD max", groups["CFD"].max())
-    return out
+def pictures(out: Path, n: int = 100) -> None:
+    """The first n starts and results of three settings, SAT with seed 0: what the sample grids are drawn from."""
+    dataset = load_dataset("fashion_mini")
+    model, _ = classifier("SAT", 0, dataset)
+    arrays = {}
+    for name, settings in {k: PARTS["recipe"][k] for k in PICTURES}.items():
+        s = generate(model, dataset, n, seed=0, **settings)
+        arrays |= {f"{name}: x0 only": s.x0.numpy(), name: s.images.numpy(), "labels": s.labels.numpy()}
+    out.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(out / "pictures.npz", **arrays)
 
 
 def main() -> None:
@@ -112,12 +116,15 @@ def main() -> None:
     parser.add_argument("--reference", default="test", choices=("test", "train"))
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--suffix", default="", help="added to the name of the file, for other models")
+    parser.add_argument("--pictures", action="store_true", help="also keep the first 100 images of three settings")
     options = parser.parse_args()
-    for part in options.parts.split(","):
+    if options.pictures:
+        pictures(options.out)
+    for part in filter(None, options.parts.split(",")):
         name = f"{part}{options.suffix}.json"
         record = measure(part, options.models.split(","), options.seeds, options.n, options.reference)
         write_json(options.out / name, record)
-        print(summary(record).round(2).to_string(), flush=True)
+        print(generation_summary(record).round(2).to_string(), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
+import torch
 
 matplotlib.use("Agg")
 
-from derkit import plots, results  # noqa: E402
+from derkit import gen_plots, plots, results  # noqa: E402
+from derkit.data import load_dataset  # noqa: E402
 from derkit.errors import DerkitError  # noqa: E402
 from derkit.records import Run  # noqa: E402
 
@@ -51,6 +54,21 @@ def draw_suites(groups: Mapping[str, Mapping[str, Sequence[Run]]], folder: Path)
         plots.accuracy_by_eps(table, ylabel, save=folder / file)
 
 
+def generation() -> None:
+    """Sample grids from the kept images; CFD of the recipes as bars is a table in notebook 04."""
+    folder = results.records_folder() / "generation_fashion_mini"
+    if not (folder / "pictures.npz").is_file():
+        print("skipped generation_*.png: no pictures in generation_fashion_mini")
+        return
+    with np.load(folder / "pictures.npz", allow_pickle=False) as z:
+        images = {k: torch.from_numpy(z[k]) for k in z.files}
+    labels = images.pop("labels")
+    names = load_dataset("fashion_mini").classes
+    gen_plots.compare_sets(images, labels, names, save=FIGURES / "generation_compare_fashion_mini.png")
+    for part, key in (("local", "local PCA, quantile stop"), ("eccv24", "ECCV'24, eta 0.8, 20 steps")):
+        gen_plots.sample_grid(images[key], labels, names, title=key, save=FIGURES / f"generation_{part}_fashion_mini.png")
+
+
 def main() -> None:
     plots.use_style()
     co = results.load_records("co_fashion_mini")
@@ -60,6 +78,7 @@ def main() -> None:
     ro = results.load_records("ro_fashion_mini")
     plots.overfitting_curves({name: runs[0] for name, runs in ro.items()}, "ro", save=FIGURES / "ro_fashion_mini.png")
     draw_suites({suite: records(suite) for suite in ("cifar10", "fashion_mnist", "fashion_mnist_short")}, FIGURES)
+    generation()
     for path in sorted(FIGURES.glob("*.png")):
         print(path.name)
 

@@ -20,8 +20,8 @@ def test_the_bundled_suites_have_records():
     assert {"co_fashion_mini", "ro_fashion_mini", "variants_fashion_mini"} <= set(WHOLE)
 
 
-def test_every_folder_of_records_has_its_manifest():
-    assert {p.name for p in records_folder().iterdir() if p.is_dir()} <= set(SUITES)
+def test_every_folder_of_runs_has_its_manifest():
+    assert {p.parent.parent.name for p in records_folder().glob("*/*/config.json")} <= set(SUITES)
     assert all(manifest.name == stem for stem, manifest in SUITES.items())
 
 

@@ -249,6 +249,18 @@ def test_table_refuses_what_cannot_be_compared(table, some, judge):
         metrics_table({"a": local}, some, judge, reference="valid")
 
 
+def test_without_an_extractor_the_rest_is_still_measured(table, some, judge, capsys, home):
+    found = metrics_table({"local": table[0]["local"]}, some, None)
+    same = ["pairwise L2", "nearest-train L2", "near copies", "saturated", "steps"]
+    assert found.overall.loc["local", same].tolist() == table[1].overall.loc["local", same].tolist()
+    assert "CFD" not in found.overall and "precision" not in found.overall and found.protocol["extractor"] is None
+    assert inceptions.judge(some).sha256 == judge.sha256
+    assert inceptions.judge(replace(some, name="cifar10")) is None
+    assert "train_extractor.py --dataset cifar10" in capsys.readouterr().out
+    with pytest.raises(DerkitError, match="IS, FID and KID need"):
+        inceptions.judge(some, home / "nowhere.pth")
+
+
 def generate_like(samples, n):
     """The first n of a set of samples."""
     from derkit.samples import ARRAYS
@@ -267,6 +279,34 @@ def test_metric_figures(table, tmp_path):
     plots.trade_off({"stop": curve}, "recall", "CFD", "stop", overall.loc[FLOOR], save=tmp_path / "a.png")
     plots.class_bars(per_class, "CKD", [FLOOR, "local"], save=tmp_path / "b.png")
     assert (tmp_path / "a.png").stat().st_size > 1000 and (tmp_path / "b.png").stat().st_size > 1000
+
+
+def test_summaries_of_records(table, tmp_path):
+    """Mean and range over seeds, the grid by init and stop, the rows per class: from two seeds written like the script's."""
+    from derkit.gen_results import generation_summary, init_by_stop, load_generation, per_class
+    from derkit.records import write_json
+
+    one = table[1].record()
+    two = json.loads(json.dumps(one))
+    for row in two["overall"]:
+        row["CFD"] += 2
+    def name(images):
+        return images.replace("local", "local PCA | quantile").replace("fixed", "local PCA | fixed")
+
+    rows = [dict(model="SAT", seed=s) | r | {"images": name(r["images"])} for s, t in enumerate((one, two)) for r in t["overall"]]
+    classes = [dict(model="SAT", seed=s) | r for s in (0, 1) for r in one["per_class"]]
+    settings = {"local PCA | quantile": {}, "local PCA | fixed": {}}
+    write_json(tmp_path / "g" / "grid.json", dict(rows=rows, per_class=classes, settings=settings))
+    record = load_generation("grid", "g", tmp_path)
+    summary, base = generation_summary(record).loc["SAT"], table[1].overall.loc["local", "CFD"]
+    assert summary.loc["local PCA | quantile", "seeds"] == 2
+    found = summary.loc["local PCA | quantile", ["CFD", "CFD min", "CFD max"]].tolist()
+    assert found == pytest.approx([base + 1, base, base + 2])
+    grid = init_by_stop(record, "SAT")
+    assert grid.columns.tolist() == ["x0 only", "quantile", "fixed"] and grid.loc["local PCA", "quantile"] == pytest.approx(base + 1)
+    assert per_class(record, "SAT").loc["local"].shape == (10, 1)
+    with pytest.raises(DerkitError, match="Did you mean 'grid'"):
+        load_generation("gird", "g", tmp_path)
 
 
 def test_published_figures_name_their_sources():

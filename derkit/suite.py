@@ -33,14 +33,18 @@ EVALUATIONS = {"autoattack": "autoattack_size", "pgd50": "pgd50_size"}
 
 
 # -------------------------------------------------------------------------------------------------------- running
+def arguments(job: Job) -> list[str]:
+    """What `python -m derkit.training` is called with for a job."""
+    return ["--folder", str(job.folder), *(f"--set={k}={v}" for k, v in job.config.as_dict().items())]
+
+
 def start(job: Job, threads: int) -> subprocess.Popen:
     """The training process of a job; its output goes to train.log in the run's folder."""
     job.folder.mkdir(parents=True, exist_ok=True)
-    sets = [f"--set={k}={v}" for k, v in job.config.as_dict().items()]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     with open(job.folder / "train.log", "a") as log:
-        return subprocess.Popen([sys.executable, "-m", "derkit.training", "--folder", str(job.folder), *sets], stdout=log,
-                                stderr=subprocess.STDOUT, env=environment)
+        return subprocess.Popen([sys.executable, "-m", "derkit.training", *arguments(job)], stdout=log, stderr=subprocess.STDOUT,
+                                env=environment)
 
 
 def collect(job: Job) -> None:

@@ -34,6 +34,7 @@ RUN_KEYS = ("label", "group", "preset", "set", "seeds", "grid", "weight_from", "
 CLAIM_KEYS = ("text", "run", "metric", "epoch", "relation", "value", "than", "tolerance", "source", "note")
 RELATIONS = ("about", ">", ">=", "<", "<=")
 CLAIM_METRICS = (*METRICS, "collapsed", "gap")  # share of seeds that collapsed; PGD accuracy, best minus last epoch
+DIVERGED = "diverged.json"  # in the records of a run whose loss stopped being finite
 PUBLISHED_FOR = ("cifar10", "cifar100", "svhn")  # data that published values are of; bundled data has none
 
 
@@ -61,9 +62,9 @@ class Job:
     def records(self) -> Path:
         return (home() / "records" if self.changed else records_folder()) / self.suite / self.slug
 
-    def is_of(self, run: Run) -> bool:
-        """Was the run trained with this job's settings ('auto' precision: whichever it was resolved to)?"""
-        found = TrainConfig(**run.config["train"])
+    def is_of(self, train: dict[str, Any]) -> bool:
+        """Are these a record's settings the job's ('auto' precision: whichever it was resolved to)?"""
+        found = TrainConfig(**train)
         mine = self.config.change(precision=found.precision) if self.config.precision == AUTO else self.config
         return found.hash() == mine.hash()
 
@@ -181,21 +182,30 @@ def _with_sweep(job: Job, run: dict[str, Any], jobs: list[Job]) -> Job:
 def resolve(job: Job, jobs: Iterable[Job]) -> Job:
     """The job with the lambda that its sweep chose on validation images; unchanged while a run of the sweep is missing.
 
-    Chosen: highest PGD accuracy on validation images, mean of the last three epochs (the first such run in a tie).
+    Chosen: highest PGD accuracy on validation images, mean of the last three epochs (the first such run in a tie). A run
+    that diverged is out.
     """
     if not job.sweep:
         return job
     best, weight = -1.0, None
     for other in (j for j in jobs if j.slug in job.sweep):
+        if diverged(other, other.records):
+            continue
         if not (other.records / "final.json").is_file():
             return job
         run = Run(other.records)
-        if not other.is_of(run):
+        if not other.is_of(run.config["train"]):
             return job
         value = float(run.epochs["valid_pgd"].tail(3).mean())
         if value > best:
             best, weight = value, other.config.weight
-    return replace(job, config=job.config.change(weight=weight), sweep=())
+    return job if weight is None else replace(job, config=job.config.change(weight=weight), sweep=())
+
+
+def diverged(job: Job, folder: Path) -> bool:
+    """Does the records folder say that the loss of this very job stopped being finite?"""
+    file = folder / DIVERGED
+    return file.is_file() and job.is_of(json.loads(file.read_text(encoding="utf-8"))["train"])
 
 
 # -------------------------------------------------------------------------------------------------------- claims

@@ -4,7 +4,8 @@
     python -m derkit.scorecard cifar10         # one of them
 
 Verdicts: PASS and FAIL only where the records hold the metric for every seed of every run that the claim speaks of, trained
-with the manifest's own settings and data; in every other case 'not run', with what there is so far.
+with the manifest's own settings and data; in every other case 'not run', with what there is so far. A seed whose training
+diverged makes its run's claims FAIL.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import pandas as pd
 from derkit.config import TrainConfig
 from derkit.diagnosis import co_onset
 from derkit.errors import DerkitError, pick
-from derkit.manifest import Claim, Job, Manifest, load_manifest
+from derkit.manifest import Claim, Job, Manifest, diverged, load_manifest
 from derkit.records import Run
 from derkit.results import records_folder
 
@@ -49,6 +50,7 @@ class Measured:
     wanted: int
     folders: tuple[str, ...]
     source: str = ""  # which copy of the data
+    diverged: int = 0  # seeds whose loss stopped being finite
 
     @property
     def complete(self) -> bool:
@@ -82,7 +84,7 @@ def _run(job: Job, root: Path) -> Run | None:
     if job.sweep or not (folder / "final.json").is_file():
         return None
     run = Run(folder)
-    return run if job.is_of(run) and len(run.epochs) else None
+    return run if job.is_of(run.config["train"]) and len(run.epochs) else None
 
 
 def measure(manifest: Manifest, label: str, metric: str, epoch: str, root: Path) -> Measured:
@@ -94,7 +96,8 @@ def measure(manifest: Manifest, label: str, metric: str, epoch: str, root: Path)
     values = {slug: metric_of(run, metric, epoch) for slug, run in runs.items()}
     good = {slug: v for slug, v in values.items() if math.isfinite(v)}
     source = next((run.config.get("source", "") for run in runs.values()), "")
-    return Measured(tuple(good.values()), len(jobs), tuple(good), source)
+    lost = sum(diverged(j, root / j.suite / j.slug) for j in jobs if j.slug not in runs)
+    return Measured(tuple(good.values()), len(jobs), tuple(good), source, lost)
 
 
 # -------------------------------------------------------------------------------------------------------- verdicts
@@ -116,12 +119,14 @@ def judge(claim: Claim, manifest: Manifest, manifests: Mapping[str, Manifest], r
     config = next(j.config for j in manifest.jobs if j.label == claim.run)
     bars = [claim.value] if claim.value is not None else [o.mean for o in others.values() if o.values]
     verdict = "not run"
-    if ours.complete and all(o.complete for o in others.values()):
+    if ours.diverged:
+        verdict = "FAIL"
+    elif ours.complete and all(o.complete for o in others.values()):
         verdict = "PASS" if all(holds(claim, ours.mean, bar) for bar in bars) else "FAIL"
     tolerance = f" +- {claim.tolerance:g}" if claim.tolerance else ""
     sign = "" if claim.relation == "about" else claim.relation + " "
     bar = " and ".join(f"{name} ({o})" for name, o in others.items()) or f"{claim.value:g}{tolerance}"
-    seeds = f"{len(ours.values)} of {ours.wanted}"
+    seeds = f"{len(ours.values)} of {ours.wanted}" + (f", {ours.diverged} diverged" if ours.diverged else "")
     record = f"{manifest.name}/{ours.folders[0].rpartition('-s')[0]}-s*" if ours.folders else "-"
     return dict(suite=manifest.name, claim=claim.text, run=claim.run, condition=condition(config, ours.source), bar=sign + bar,
                 published=f"{claim.value:g}" if claim.published else "-", source=_source(claim), ours=str(ours), seeds=seeds,

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from derkit.config import TrainConfig
 from derkit.errors import DerkitError, unknown
-from derkit.manifest import Job, read_manifest, resolve
+from derkit.manifest import DIVERGED, Job, read_manifest, resolve
 from derkit.records import runs_folder, write_json
 
 EVALUATIONS = {"autoattack": "autoattack_size", "pgd50": "pgd50_size"}
@@ -52,9 +52,18 @@ def collect(job: Job) -> None:
     for name in ("metrics.jsonl", "env.json", "final.json"):
         job.records.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(job.folder / name, job.records / name)
+    (job.records / DIVERGED).unlink(missing_ok=True)
     config = json.loads((job.folder / "config.json").read_text())
     config["train"]["data_dir"] = ""  # a path of the machine that ran it
     write_json(job.records / "config.json", dict(label=job.label, order=job.order) | config)
+
+
+def note_divergence(job: Job) -> None:
+    """Where training stopped because the loss was not finite, that is a result: diverged.json goes into the records."""
+    log = job.folder / "train.log"
+    lines = log.read_text().splitlines() if log.is_file() else []
+    if lines and "is not finite" in lines[-1]:
+        write_json(job.records / DIVERGED, dict(label=job.label, train=job.config.change(data_dir="").as_dict(), error=lines[-1]))
 
 
 def run(jobs: Sequence[Job], parallel: int = 1, threads: int = 0, known: Sequence[Job] = ()) -> int:
@@ -85,6 +94,7 @@ def run(jobs: Sequence[Job], parallel: int = 1, threads: int = 0, known: Sequenc
                 print(f"finished {job.slug}", flush=True)
             else:
                 failed += 1
+                note_divergence(job)
                 print(f"FAILED {job.slug}: see {job.folder / 'train.log'}", flush=True)
         time.sleep(0.2)
     return failed

@@ -31,7 +31,7 @@ def test_records_match_their_manifest(name):
     jobs = {j.slug: j for j in SUITES[name].jobs}
     for run in load_runs(records_folder() / name):
         job = jobs[run.name]
-        assert run.finished and job.is_of(run)
+        assert run.finished and job.is_of(run.config["train"])
         assert len(run.epochs) == run.final["last_epoch"] <= job.config.epochs
         assert len(run.config["data_sha256"]) == 64 and run.config["source"]
         assert run.env["torch"] and run.env["device"] and run.env["precision"] == run.config["train"]["precision"]

@@ -71,9 +71,19 @@ def test_auto_precision_is_what_the_run_resolved_it_to(write, records):
     put(job, [0.1])
     for precision in ("bf16", "fp32"):
         job.records.joinpath("config.json").write_text(json.dumps(dict(train=job.config.change(precision=precision).as_dict())))
-        assert job.is_of(Run(job.records))
+        assert job.is_of(Run(job.records).config["train"])
     job.records.joinpath("config.json").write_text(json.dumps(dict(train=job.config.change(epochs=1).as_dict())))
-    assert not job.is_of(Run(job.records))
+    assert not job.is_of(Run(job.records).config["train"])
+
+
+def test_a_diverged_run_of_a_sweep_is_out(write, records):
+    jobs = load_manifest(write()).jobs
+    put(jobs[4], [0.3])
+    for job, weight in ((jobs[5], 2.0), (jobs[4], None)):
+        job.records.mkdir(parents=True, exist_ok=True)
+        suite.write_json(job.records / manifests.DIVERGED, dict(train=job.config.as_dict()))
+        found = resolve(jobs[6], jobs)
+        assert (found.config.weight if not found.sweep else None) == weight, "with none left there is nothing to choose"
 
 
 def test_overridden_runs_are_no_records_of_the_manifest(write, records):
@@ -120,7 +130,9 @@ def test_cifar10_manifest_is_what_it_says():
     assert len(groups["A"]) == 27 and {j.config.epochs for j in groups["A"] + groups["B1"] + groups["B2"]} == {30}
     assert {round(j.config.eps * 255) for j in groups["A"]} == {8, 12, 16} and {j.config.seed for j in groups["A"]} == {0, 1, 2}
     assert {j.config.variant for j in groups["B1"]} == set(manifests.TrainConfig.__dataclass_fields__["variant"].metadata["choices"])
-    assert all(j.config.model == "preact_resnet18" and j.config.pgd50_size == j.config.autoattack_size == 1000 for j in manifest.jobs)
+    assert all(j.config.model == "preact_resnet18" for j in manifest.jobs)
+    sizes = {g: {(j.config.pgd50_size, j.config.autoattack_size) for j in jobs} for g, jobs in groups.items()}
+    assert sizes == dict(A={(1000, 1000)}, B1={(0, 0)}, B2={(1000, 1000)}, C={(1000, 1000)}), "sweeps are judged by validation images"
     assert {j.config.epochs for j in groups["C"]} == {200}
     seeds = [j.config.seed for j in manifest.jobs]
     assert seeds == sorted(seeds), "one seed of everything first"

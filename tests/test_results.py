@@ -66,6 +66,15 @@ def test_a_failed_job_is_counted(manifest, tmp_path, monkeypatch):
     assert "does not exist" in (jobs[0].folder / "train.log").read_text()
 
 
+def test_divergence_is_a_record(manifest, tmp_path, monkeypatch):
+    monkeypatch.setattr(manifests, "records_folder", lambda: tmp_path / "records")
+    (job, *_) = suite.read_manifest(manifest, dict(lr=1e30, schedule="constant", epochs=2))
+    assert suite.run([job]) == 1
+    assert manifests.diverged(job, job.records) and "not finite" in json.loads((job.records / "diverged.json").read_text())["error"]
+    (other, *_) = suite.read_manifest(manifest, dict(lr=1e29, schedule="constant", epochs=2))
+    assert not manifests.diverged(other, job.records), "of other settings"
+
+
 def test_dry_run_and_unknown_label(manifest):
     command = [sys.executable, "-m", "derkit.suite", str(manifest)]
     listing = subprocess.run([*command, "--dry-run"], capture_output=True, text=True)

@@ -90,6 +90,18 @@ def test_a_missing_seed_or_metric_is_not_run(suites, tmp_path, put):
     assert verdicts(suites, tmp_path) == ["PASS", "PASS", "not run", "PASS"], "the run to compare with has no AutoAttack for one seed"
 
 
+def test_a_diverged_seed_fails(suites, tmp_path, put):
+    put("der", 0, aa=0.9)
+    job = next(j for j in load_manifest(suites / "toy.json").jobs if j.slug == "der-s1")
+    folder = tmp_path / "records" / "toy" / job.slug
+    folder.mkdir()
+    (folder / "diverged.json").write_text(json.dumps(dict(train=job.config.as_dict())))
+    table = cards.scorecard(suites=suites, records=tmp_path / "records")
+    assert table["verdict"].tolist() == ["not run", "FAIL", "FAIL", "FAIL"] and table["seeds"][1] == "1 of 2, 1 diverged"
+    (folder / "diverged.json").write_text(json.dumps(dict(train=job.config.change(lr=9).as_dict())))
+    assert verdicts(suites, tmp_path) == ["not run"] * 4, "a run of other settings diverged"
+
+
 @pytest.mark.parametrize("changed", [dict(epochs=1), dict(dataset="fashion_mini"), dict(train_size=500), dict(eps=0.2)])
 def test_records_of_other_settings_or_data_are_not_judged(suites, tmp_path, put, changed):
     """Published CIFAR values are never compared with bundled data, short runs or another radius."""

@@ -137,7 +137,7 @@ class TrainConfig:
     # run
     seed: int = _opt(0, "seed of everything random", low=0)
     device: str = _opt(AUTO, "auto, cpu, cuda, cuda:1, mps", identity=False)
-    precision: str = _opt(AUTO, "auto: bf16 (or fp32) on a GPU, fp32 on a CPU", choices=(AUTO, "fp32", "fp64", "bf16", "fp16"))
+    precision: str = _opt(AUTO, "auto: bf16 (or fp32) on a GPU, fp32 on a CPU; bf16 pays on CPUs with AVX-512 bf16 or AMX, too", choices=(AUTO, "fp32", "fp64", "bf16", "fp16"))
     channels_last: bool = _opt(True, "memory format of images and weights", identity=False)
     compile: bool = _opt(False, "torch.compile the model (not with gradalign: no double backward)", identity=False)
     save_every: int = _opt(1, "epochs between checkpoints of the last state", low=1, identity=False)

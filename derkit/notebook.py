@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 from collections.abc import Iterable
+from importlib.util import find_spec
 from typing import Any
 
 import pandas as pd
@@ -84,7 +85,8 @@ def parameters(namespace: dict[str, Any] | None = None) -> dict[str, Any]:
     return values
 
 
-CPU_EVALUATION = dict(eval_size=64, probe_size=32, final_size=100, strong_size=32)  # where a PGD step takes seconds
+CPU_EVALUATION = dict(eval_size=64, probe_size=32, final_size=100, strong_size=32,  # where a PGD step takes seconds
+                      pgd50_size=0, autoattack_size=0)
 
 
 def configure(values: dict[str, Any], preset: str | None = None, other: str | None = None, **overrides: Any) -> TrainConfig:
@@ -102,6 +104,9 @@ def configure(values: dict[str, Any], preset: str | None = None, other: str | No
     if config.model != "small_cnn" and choose_device(config.device).type == "cpu":
         print("a large model on a CPU: evaluation is cut to a few images (in Colab: Runtime > Change runtime type > GPU)")
         config = config.change(**CPU_EVALUATION)
+    if config.autoattack_size and find_spec("pyautoattack") is None:
+        print('AutoAttack is left out: it needs pip install "derkit[eval]"')
+        config = config.change(autoattack_size=0)
     return config
 
 

@@ -124,6 +124,17 @@ def result_bars(table: pd.DataFrame, columns: Sequence[str], ylabel: str = "accu
     _finish(figure, save)
 
 
+def accuracy_by_eps(table: pd.DataFrame, ylabel: str = "accuracy", save: str | Path | None = None) -> None:
+    """Accuracy against the radius, a line per method with its range over seeds; ``table`` from `derkit.results.by_eps`."""
+    figure, axis = plt.subplots(figsize=(6.4, 3.8))
+    for i, (name, rows) in enumerate(table.groupby("method", sort=False)):
+        _line(axis, rows["eps"].to_numpy(), rows["mean"].to_numpy(), i, name)
+        axis.fill_between(rows["eps"], rows["min"], rows["max"], color=COLORS[i % len(COLORS)], alpha=0.15)
+    axis.set(xlabel="eps / (1/255)", ylabel=ylabel, ylim=(-0.02, None), xticks=sorted(table["eps"].unique()))
+    axis.legend(fontsize=7)
+    _finish(figure, save)
+
+
 # -------------------------------------------------------------------------------------------------------- energies
 def energy_histograms(panels: Mapping[str, Sequence[AttackEnergies]], key: str = "E", save: str | Path | None = None) -> None:
     """Histograms of natural and adversarial energies, a panel per model; ``key`` 'E' for E(x), 'Ey' for E(x, y)."""

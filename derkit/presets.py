@@ -15,7 +15,7 @@ class Preset:
 
 
 _CIFAR = dict(dataset="cifar10", augment="crop_flip", model="preact_resnet18", eps=8 / 255, batch_size=128, weight_decay=5e-4,
-              eval_size=1000, probe_size=256, final_size=0, final_steps=20, strong_size=1000)
+              eval_size=1000, probe_size=256, final_size=0, final_steps=20, strong_size=1000, pgd50_size=1000, autoattack_size=1000)
 _FAST = _CIFAR | dict(method="rs_fgsm", epochs=30, lr=0.2, schedule="triangular", peak=0.5, shortcut="x")
 _RICE = _CIFAR | dict(method="pgd", steps=10, epochs=200, lr=0.1, schedule="piecewise", augment="crop_reflect_flip", shortcut="bn")
 _MINI = dict(dataset="fashion_mini", model="small_cnn", width=8, precision="fp64")

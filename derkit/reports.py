@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from derkit import attacks, energy, evaluation, losses
 from derkit.config import TrainConfig
 from derkit.data import Dataset, Split
+from derkit.errors import DerkitError
 from derkit.evaluation import make_generator
 
 
@@ -45,8 +49,8 @@ def epoch_evaluation(model: nn.Module, dataset: Dataset, config: TrainConfig, ep
     return {k: round(v, 6) for k, v in out.items()}
 
 
-def final_evaluation(model: nn.Module, dataset: Dataset, config: TrainConfig) -> dict[str, float]:
-    """Test accuracies: clean, FGSM, PGD (config.final_steps), strong; with the numbers of images."""
+def final_evaluation(model: nn.Module, dataset: Dataset, config: TrainConfig) -> dict[str, Any]:
+    """Test accuracies: clean, FGSM, PGD (config.final_steps), strong, PGD-50-10, AutoAttack; with the numbers of images."""
     test = dataset.test.take(slice(config.final_size or None))
     natural = evaluation.predict(model, test)
     weak, hard = _attacked(model, test, config, config.final_steps)
@@ -57,4 +61,38 @@ def final_evaluation(model: nn.Module, dataset: Dataset, config: TrainConfig) ->
         part = dataset.test.take(slice(config.strong_size))
         strong = evaluation.strong_accuracy(model, part, config.eps, steps=50, norm=config.norm)
         out |= dict(strong=strong, strong_images=len(part))
-    return {k: round(v, 6) for k, v in out.items()}
+    return {k: round(v, 6) for k, v in out.items()} | further_evaluation(model, dataset, config)
+
+
+# ------------------------------------------------------------------------------------- PGD-50-10 and AutoAttack
+def check_further(dataset: Dataset, config: TrainConfig) -> None:
+    """Raise DerkitError where the AutoAttack that the config asks for cannot run: told before training, not after it."""
+    if not config.autoattack_size:
+        return
+    if find_spec("pyautoattack") is None:
+        raise DerkitError('autoattack_size needs the package pyautoattack: pip install "derkit[eval]", or set autoattack_size=0.')
+    if config.eps == 0 or len(dataset.classes) < 4:
+        raise DerkitError(f"AutoAttack needs eps > 0 and at least 4 classes, found {config.eps:g} and {len(dataset.classes)}: "
+                          "set autoattack_size=0.")
+
+
+def missing(known: dict[str, Any], dataset: Dataset, config: TrainConfig) -> list[str]:
+    """Which of 'pgd50' and 'aa' the config asks for on more images than ``known`` results have."""
+    sizes = {"pgd50": config.pgd50_size, "aa": config.autoattack_size}
+    return [name for name, size in sizes.items() if min(size, len(dataset.test)) > known.get(f"{name}_images", 0)]
+
+
+def further_evaluation(model: nn.Module, dataset: Dataset, config: TrainConfig, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """PGD-50-10 (`pgd50`, step size in `pgd50_alpha`) and AutoAttack (`aa`) on the first test images, as far as they are
+    asked for and not ``known`` yet. Both in the weights' own precision, BatchNorm in eval mode."""
+    out: dict[str, Any] = {}
+    names = missing(known or {}, dataset, config)
+    if "pgd50" in names:
+        part = dataset.test.take(slice(config.pgd50_size))
+        value = evaluation.pgd50_accuracy(model, part, config.eps, norm=config.norm)
+        out |= dict(pgd50=round(value, 6), pgd50_images=len(part), pgd50_alpha=round(config.eps / 4, 6))
+    if "aa" in names:
+        part = dataset.test.take(slice(config.autoattack_size))
+        record = evaluation.autoattack(model, part, config.eps, config.norm)
+        out |= dict(aa=round(record["accuracy"], 6), aa_images=len(part), aa_package=f"{record['package']} {record['version']}")
+    return out

@@ -20,7 +20,7 @@ from derkit.diagnosis import co_onset
 from derkit.errors import DerkitError, nearest
 from derkit.records import Run, atomic_write, disk_errors, load_runs
 
-METRICS = ("clean", "fgsm", "pgd", "strong", "dE", "aae")
+METRICS = ("clean", "fgsm", "pgd", "pgd50", "strong", "aa", "dE", "aae")
 
 
 def records_folder() -> Path:
@@ -47,6 +47,22 @@ def load_records(name: str, root: Path | None = None) -> dict[str, list[Run]]:
     for run in sorted(runs, key=lambda r: (r.config.get("order", 0), r.config["train"]["seed"])):
         groups.setdefault(run.config.get("label") or label(run.config["train"]), []).append(run)
     return groups
+
+
+def by_eps(groups: Mapping[str, Sequence[Run]], metric: str, which: str = "last") -> pd.DataFrame:
+    """Groups labelled '<method> eps <radius>' as a table: method, eps (of 255), mean, min and max over seeds of a test metric.
+
+    Groups with another label, and runs that were not evaluated by the metric, are left out.
+    """
+    rows = []
+    for name, runs in groups.items():
+        method, eps, radius = name.rpartition(" eps ")
+        values = [r.final[which][metric] for r in runs if r.final[which].get(metric) is not None]
+        if eps and values and "lambda" not in radius:
+            rows.append(dict(method=method, eps=runs[0].config["train"]["eps"] * 255, mean=np.mean(values), min=np.min(values),
+                             max=np.max(values), runs=len(values)))
+    table = pd.DataFrame(rows, columns=["method", "eps", "mean", "min", "max", "runs"])
+    return table.sort_values(["method", "eps"], kind="stable", ignore_index=True)
 
 
 def load_costs(name: str, root: Path | None = None) -> pd.Series:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from derkit import alarms, distributed, energy, losses, regularizers
-from derkit.checkpoint import load_checkpoint, save_checkpoint
+from derkit.checkpoint import load_checkpoint, load_model, save_checkpoint
 from derkit.config import TrainConfig
 from derkit.data import Dataset, load_dataset
 from derkit.device import autocast, choose_device, choose_precision
@@ -42,7 +42,7 @@ from derkit.records import (
     runs_folder,
     write_json,
 )
-from derkit.reports import epoch_evaluation, final_evaluation
+from derkit.reports import check_further, epoch_evaluation, final_evaluation, further_evaluation, missing
 from derkit.schedules import SCHEDULES
 from derkit.sync_bn import synced_batch_norm
 
@@ -245,6 +245,7 @@ def train(config: TrainConfig, dataset: Dataset | None = None, *, model: nn.Modu
         folder = Path(folder) if folder else run_folder(config, dataset, model)
         if distributed.first(partial(_is_finished, folder, config, dataset, model, resume)):
             say(f"loaded the finished run {folder.name} (same config; not trained again)")
+            distributed.first(partial(_complete, folder, dataset, config, model, say))
             return Run(folder)
         signature, finished = _signature(model), partial(_is_finished, folder, config, dataset, model, resume)
         model = model if model is not None else model_from_config(config, dataset)
@@ -278,6 +279,7 @@ def _prepare(config: TrainConfig, dataset: Dataset | None, model: nn.Module | No
         dataset = load_dataset(config.dataset, config.data_dir or None, device, download=config.download,
                                train_size=config.train_size, valid_size=config.valid_size,
                                image_size=config.image_size or None, progress=progress)
+    check_further(dataset, config)
     return config if model is None else config.change(model="custom"), dataset, device, why
 
 
@@ -367,6 +369,22 @@ def _finish(folder: Path, state: _State, dataset: Dataset, config: TrainConfig) 
         result["best"] = final_evaluation(model, dataset, config)
     with disk_errors(folder):
         write_json(folder / "final.json", result)
+
+
+def _complete(folder: Path, dataset: Dataset, config: TrainConfig, model: nn.Module | None, say) -> None:
+    """Give a finished run the PGD-50-10 and AutoAttack that the config asks for and that it lacks, from its checkpoints."""
+    result = Run(folder).final
+    if not any(missing(result[which], dataset, config) for which in ("last", "best")):
+        return
+    with disk_errors(folder), lock_folder(folder):
+        for which, file in (("last", "final.pt"), ("best", "best.pt")):
+            if which == "best" and result["best_epoch"] == result["last_epoch"]:
+                result["best"] = result["last"]
+            elif lacking := missing(result[which], dataset, config):
+                say(f"evaluating {folder.name}, {which} epoch: {', '.join(lacking)}")
+                judged = load_model(folder / file, model=copy.deepcopy(model), device=dataset.train.images.device)
+                result[which] |= further_evaluation(judged, dataset, config, result[which])
+            write_json(folder / "final.json", result)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ import torch
 from derkit import losses
 from derkit.data import load_dataset
 from derkit.evaluation import make_generator
+from derkit.manifest import read_manifest
 from derkit.records import environment, write_json
 from derkit.results import records_folder
-from derkit.suite import read_manifest
 from derkit.training import model_from_config, train_step
 
 ROUNDS, BATCH = 15, 128
@@ -43,8 +43,7 @@ def stepper(config, data):
 
 def main(manifest: str) -> None:
     torch.set_num_threads(1)
-    jobs = {job.label: job for job in reversed(read_manifest(manifest))}
-    jobs = dict(reversed(jobs.items()))
+    jobs = {job.label: job for job in sorted(read_manifest(manifest), key=lambda j: (j.order, -j.config.seed))}
     data = load_dataset(next(iter(jobs.values())).config.dataset)
     steppers = {label: stepper(job.config, data) for label, job in jobs.items()}
     times: dict[str, list[float]] = {label: [] for label in steppers}

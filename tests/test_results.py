@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from derkit import manifest as manifests
 from derkit import results, suite
 from derkit.errors import DerkitError
 
@@ -24,8 +25,8 @@ def manifest(tmp_path):
 
 def test_manifest_jobs(manifest):
     jobs = suite.read_manifest(manifest)
-    assert [j.slug for j in jobs] == ["rs_fgsm-s0", "rs_fgsm-s1", "rs_der-s0"]
-    assert jobs[2].config.regularizer == "der" and jobs[0].config.width == 4
+    assert [j.slug for j in jobs] == ["rs_fgsm-s0", "rs_der-s0", "rs_fgsm-s1"]  # one seed of everything first
+    assert jobs[1].config.regularizer == "der" and jobs[0].config.width == 4
 
 
 def test_bad_manifests(tmp_path):
@@ -42,7 +43,7 @@ def test_bad_manifests(tmp_path):
 
 
 def test_suite_runs_collects_and_skips(manifest, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(suite, "records_folder", lambda: tmp_path / "records")
+    monkeypatch.setattr(manifests, "records_folder", lambda: tmp_path / "records")
     jobs = suite.read_manifest(manifest)
     assert suite.run(jobs, parallel=2, threads=1) == 0
     groups = results.load_records("toy", tmp_path / "records")
@@ -59,10 +60,19 @@ def test_suite_runs_collects_and_skips(manifest, tmp_path, monkeypatch, capsys):
 
 
 def test_a_failed_job_is_counted(manifest, tmp_path, monkeypatch):
-    monkeypatch.setattr(suite, "records_folder", lambda: tmp_path / "records")
+    monkeypatch.setattr(manifests, "records_folder", lambda: tmp_path / "records")
     jobs = suite.read_manifest(manifest, dict(dataset="imagefolder:/nowhere"))
     assert suite.run(jobs[:1]) == 1
     assert "does not exist" in (jobs[0].folder / "train.log").read_text()
+
+
+def test_divergence_is_a_record(manifest, tmp_path, monkeypatch):
+    monkeypatch.setattr(manifests, "records_folder", lambda: tmp_path / "records")
+    (job, *_) = suite.read_manifest(manifest, dict(lr=1e30, schedule="constant", epochs=2))
+    assert suite.run([job]) == 1
+    assert manifests.diverged(job, job.records) and "not finite" in json.loads((job.records / "diverged.json").read_text())["error"]
+    (other, *_) = suite.read_manifest(manifest, dict(lr=1e29, schedule="constant", epochs=2))
+    assert not manifests.diverged(other, job.records), "of other settings"
 
 
 def test_dry_run_and_unknown_label(manifest):

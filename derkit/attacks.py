@@ -164,12 +164,17 @@ def project(x_adv: Tensor, x: Tensor, eps: float, norm: str = "linf") -> Tensor:
     return (x + delta * (eps / _flat_norm(delta)).clamp_max(1)).clamp(0, 1)
 
 
-def _random_start(x: Tensor, eps: float, norm: str, generator) -> Tensor:
+def noise_in_ball(x: Tensor, eps: float, norm: str = "linf", generator: Generator = None) -> Tensor:
+    """Noise like x (B, C, H, W), uniform in the L_inf or L_2 ball of radius eps. x plus it may leave [0, 1]."""
     if norm == "linf":
-        return (x + _uniform(x, eps, generator)).clamp(0, 1)
+        return _uniform(x, eps, generator)
     g = draw(torch.randn, x.shape, generator, device=x.device, dtype=x.dtype)
     r = draw(torch.rand, (x.shape[0], 1, 1, 1), generator, device=x.device, dtype=x.dtype)
-    return (x + eps * r ** (1 / x[0].numel()) * g / _flat_norm(g)).clamp(0, 1)
+    return eps * r ** (1 / x[0].numel()) * g / _flat_norm(g)
+
+
+def _random_start(x: Tensor, eps: float, norm: str, generator) -> Tensor:
+    return (x + noise_in_ball(x, eps, norm, generator)).clamp(0, 1)
 
 
 def choose_targets(logits: Tensor, y: Tensor, targets: Tensor | str, generator=None) -> Tensor:

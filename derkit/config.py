@@ -161,6 +161,8 @@ class TrainConfig:
             raise DerkitError("gradalign is trained in fp32 or fp64: its input gradients are too small for half precision.")
         if self.norm != "linf" and self.method not in ("pgd", "trades", "weat"):
             raise DerkitError(f"norm {self.norm!r} is for the methods pgd, trades and weat, found {self.method!r}.")
+        if self.method == "fgsm" and self.alpha != AUTO and self.alpha != self.eps:
+            raise DerkitError(f"the step of fgsm is eps, found alpha {self.alpha:g}. For another step use method=rs_fgsm or n_fgsm.")
         if self.method == "standard" and self.regularizer != "none":
             raise DerkitError(f"regularizer {self.regularizer!r} needs adversarial examples; method 'standard' makes none.")
 

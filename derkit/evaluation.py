@@ -189,18 +189,18 @@ def energy_summary(logits: Tensor, logits_adv: Tensor, labels: Tensor, logits_st
     return {k: round(float(v), 6) for k, v in out.items()}
 
 
-def gradient_cosine(model: nn.Module, x: Tensor, y: Tensor, eps: float, generator: torch.Generator) -> Tensor:
-    """cos(grad l(x), grad l(x + r)), r ~ U(-eps, eps), (B,): falls towards 0 at catastrophic overfitting (arXiv 2007.02617)."""
-    noisy = x + (2 * torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype) - 1) * eps
+def gradient_cosine(model: nn.Module, x: Tensor, y: Tensor, eps: float, generator: torch.Generator, norm: str = "linf") -> Tensor:
+    """cos(grad l(x), grad l(x + r)), r uniform in the ball, (B,): falls towards 0 at catastrophic overfitting (arXiv 2007.02617)."""
+    noisy = x + attacks.noise_in_ball(x, eps, norm, generator)
     with attacks.attack_mode(model, "eval"):
         a, b = (attacks.input_gradient(model, z, lambda f: energy.cross_entropy(f, y))[0].flatten(1) for z in (x, noisy))
     return F.cosine_similarity(a, b, dim=1)
 
 
 @torch.no_grad()
-def elle_linearity(model: nn.Module, x: Tensor, y: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+def elle_linearity(model: nn.Module, x: Tensor, y: Tensor, eps: float, generator: torch.Generator, norm: str = "linf") -> Tensor:
     """E_lin of ELLE on random triplets in the ball, (B,) (OpenReview SZzQz8ikwg)."""
-    a, b = (x + (2 * torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype) - 1) * eps for _ in range(2))
+    a, b = (x + attacks.noise_in_ball(x, eps, norm, generator) for _ in range(2))
     u = torch.rand(len(x), generator=generator, device=x.device, dtype=x.dtype)
     with attacks.attack_mode(model, "eval"):
         fa, fc, fb = (model(z) for z in (a, torch.lerp(a, b, u.view(-1, 1, 1, 1)), b))

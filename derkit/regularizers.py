@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from derkit.attacks import attack_mode
+from derkit.attacks import attack_mode, noise_in_ball
 from derkit.config import TrainConfig
 from derkit.energy import cross_entropy, delta_energy, joint_energy, loss_linearity, marginal_energy
 from derkit.errors import pick
@@ -35,8 +35,8 @@ def _on_segment(step: Step) -> Tensor:
 
 
 def _in_ball(step: Step) -> Tensor:
-    """x + U(-eps, eps), not clipped (as GradAlign and ELLE do)."""
-    return step.x + (2 * step.rand(*step.x.shape) - 1) * step.config.eps
+    """x + r, r uniform in the ball of the config's norm: U(-eps, eps) for L_inf, not clipped (as GradAlign and ELLE do)."""
+    return step.x + noise_in_ball(step.x, step.config.eps, step.config.norm, step.generator)
 
 
 POINTS: dict[str, Callable[[Step], Tensor]] = {
@@ -198,7 +198,7 @@ def elle(logits: Logits, step: Step) -> Tensor:
 
 
 def input_gradients(step: Step) -> tuple[Tensor, Tensor]:
-    """(grad l(x) detached, grad l(x + r) with graph), r ~ U(-eps, eps), flattened to (B, D)."""
+    """(grad l(x) detached, grad l(x + r) with graph), r uniform in the ball, flattened to (B, D)."""
     both = []
     with attack_mode(step.model, step.config.bn_mode):
         for x, graph in ((step.x, False), (_in_ball(step), True)):

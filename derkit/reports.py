@@ -44,8 +44,8 @@ def epoch_evaluation(model: nn.Module, dataset: Dataset, config: TrainConfig, ep
         natural, logits = model(x), model(x_adv)
     out |= {f"probe_{k}": v for k, v in evaluation.energy_summary(natural, logits, y, start).items()}
     if epoch % config.probe_every == 0 or epoch == config.epochs:
-        out["cos"] = evaluation.gradient_cosine(model, x, y, config.eps, generator).mean().item()
-        out["E_lin"] = evaluation.elle_linearity(model, x, y, config.eps, generator).mean().item()
+        out["cos"] = evaluation.gradient_cosine(model, x, y, config.eps, generator, config.norm).mean().item()
+        out["E_lin"] = evaluation.elle_linearity(model, x, y, config.eps, generator, config.norm).mean().item()
     return {k: round(v, 6) for k, v in out.items()}
 
 

@@ -494,3 +494,13 @@ def test_against_torchattacks(trained, batch):
     torch.testing.assert_close(
         pgd(trained, x, y, 1.0, alpha=0.3, steps=7, norm="l2", random_start=False), expected, rtol=0, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_noise_fills_the_ball_of_its_norm(norm):
+    """Inside the radius, near it in most samples (volume grows with the radius), and new for every draw."""
+    x = torch.full((400, 1, 3, 3), 0.5)
+    noise = attacks.noise_in_ball(x, 0.2, norm, torch.Generator().manual_seed(0)).flatten(1)
+    size = noise.abs().amax(1) if norm == "linf" else noise.norm(dim=1)
+    assert size.max() <= 0.2 + 1e-6 and size.min() < 0.15 and noise.mean().abs() < 0.005
+    assert (size / 0.2).pow(9).mean().item() == pytest.approx(0.5, abs=0.05)  # uniform in the ball: (r / eps)^D ~ U(0, 1)

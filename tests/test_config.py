@@ -222,3 +222,9 @@ def test_help_names_every_field_and_preset():
         assert f"  {f.name}=" in text and f.metadata["help"] in text
     for name, preset in PRESETS.items():
         assert f"  {name}: {preset.about}" in text
+
+
+def test_a_step_that_fgsm_would_ignore_is_refused():
+    with pytest.raises(DerkitError, match="the step of fgsm is eps, found alpha 0.1"):
+        TrainConfig.make("fashion_mini", method="fgsm", alpha=0.1)
+    assert TrainConfig.make("fashion_mini", method="rs_fgsm", alpha=0.1).step_size == 0.1

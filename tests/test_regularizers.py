@@ -362,3 +362,13 @@ def test_same_generator_same_step(step):
     for regularizer, seed in itertools.product(("der", "elle", "gradalign"), (0, 1)):
         one, two = (train_step(step(seed=seed, regularizer=regularizer, method="rs_fgsm"))[0] for _ in range(2))
         assert torch.equal(one, two)
+
+
+def test_points_in_the_ball_follow_the_norm():
+    """In an L_2 run the ball is the L_2 ball: the noise of ball, ELLE and GradAlign stays within eps in that norm."""
+    x, y = torch.full((32, 1, 8, 8), 0.5), torch.zeros(32, dtype=torch.long)
+    for norm, size in (("linf", lambda r: r.abs().amax(1)), ("l2", lambda r: r.norm(dim=1))):
+        config = TrainConfig.make("fashion_mini", method="pgd", norm=norm, eps=0.25)
+        step = Step(None, x, y, config, torch.Generator().manual_seed(0))
+        noise = (regularizers.POINTS["ball"](step) - x).flatten(1)
+        assert 0.15 < size(noise).max() <= 0.25 + 1e-6, norm

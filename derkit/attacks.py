@@ -18,11 +18,13 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from derkit.attack_losses import LOSSES
+from derkit.distributed import Share, draw
 from derkit.energy import cross_entropy, upcast
 from derkit.errors import DerkitError, pick
 
 BN_MODES = ("eval", "train")
 NORMS = ("linf", "l2")
+Generator = torch.Generator | Share | None  # a Share: this process's part of a batch that several work on
 
 
 # ---------------------------------------------------------------------------------------------- checks and state
@@ -103,8 +105,8 @@ def input_gradient(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor]
 
 
 # ------------------------------------------------------------------------------------------------- single-step
-def _uniform(x: Tensor, radius: float, generator: torch.Generator | None) -> Tensor:
-    return (torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype) * 2 - 1) * radius
+def _uniform(x: Tensor, radius: float, generator: Generator) -> Tensor:
+    return (draw(torch.rand, x.shape, generator, device=x.device, dtype=x.dtype) * 2 - 1) * radius
 
 
 def _single_step(model, x, y, start: Tensor, step: float, bn_mode: str) -> tuple[Tensor, Tensor]:
@@ -126,7 +128,7 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, bn_mode: str = "
 
 
 def rs_fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, alpha: float | None = None, bn_mode: str = "eval",
-            generator: torch.Generator | None = None, check: bool = True, return_start: bool = False):
+            generator: Generator = None, check: bool = True, return_start: bool = False):
     """RS-FGSM (arXiv 2001.03994): start U(-eps, eps) clipped to valid pixels, step alpha = 1.25 eps, project to the ball."""
     x = _prepare(model, x, y, eps, check)
     start = (x + _uniform(x, eps, generator)).clamp(0, 1)
@@ -136,7 +138,7 @@ def rs_fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, alpha: float 
 
 
 def n_fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, alpha: float | None = None, k: float = 2.0,
-           bn_mode: str = "eval", generator: torch.Generator | None = None, check: bool = True,
+           bn_mode: str = "eval", generator: Generator = None, check: bool = True,
            return_start: bool = False):
     """N-FGSM (arXiv 2202.01181): start U(-k eps, k eps) clipped to valid pixels, step alpha = eps, NO projection.
 
@@ -165,8 +167,8 @@ def project(x_adv: Tensor, x: Tensor, eps: float, norm: str = "linf") -> Tensor:
 def _random_start(x: Tensor, eps: float, norm: str, generator) -> Tensor:
     if norm == "linf":
         return (x + _uniform(x, eps, generator)).clamp(0, 1)
-    g = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    r = torch.rand((x.shape[0], 1, 1, 1), generator=generator, device=x.device, dtype=x.dtype)
+    g = draw(torch.randn, x.shape, generator, device=x.device, dtype=x.dtype)
+    r = draw(torch.rand, (x.shape[0], 1, 1, 1), generator, device=x.device, dtype=x.dtype)
     return (x + eps * r ** (1 / x[0].numel()) * g / _flat_norm(g)).clamp(0, 1)
 
 
@@ -186,7 +188,7 @@ def choose_targets(logits: Tensor, y: Tensor, targets: Tensor | str, generator=N
 
 def pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: float | None = None, steps: int = 10,
         norm: str = "linf", loss: str = "ce", targeted: bool = False, restarts: int = 1, random_start: bool = True,
-        bn_mode: str = "eval", generator: torch.Generator | None = None, *, targets: Tensor | str = "least_likely",
+        bn_mode: str = "eval", generator: Generator = None, *, targets: Tensor | str = "least_likely",
         decay: bool = False, any_iterate: bool = False, check: bool = True) -> Tensor:
     """Projected gradient descent (arXiv 1706.06083), L_inf or L_2, untargeted or targeted.
 
@@ -226,7 +228,7 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: float | None 
         for _ in range(restarts):
             x_adv = x
             if loss == "kl":  # the KL has zero gradient at x itself
-                x_adv = (x + 1e-3 * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)).clamp(0, 1)
+                x_adv = (x + 1e-3 * draw(torch.randn, x.shape, generator, device=x.device, dtype=x.dtype)).clamp(0, 1)
                 x_adv = project(x_adv, x, eps, norm)
             elif random_start:
                 x_adv = _random_start(x, eps, norm, generator)

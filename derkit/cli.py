@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 
 from derkit.config import TrainConfig, help_text
 from derkit.errors import DerkitError
@@ -30,14 +29,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", help="run folder; default: DERKIT_HOME/runs/<name>-<hash>")
     parser.add_argument("--fresh", action="store_true", help="train anew even if the run exists")
     options = parser.parse_args(argv)
+    from derkit import distributed
+
     try:
         config = TrainConfig.make(options.preset, **parse_sets(options.set))
         from derkit.training import train
 
         run = train(config, folder=options.folder, resume=not options.fresh)
     except (DerkitError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        distributed.report(error)
         return 2
-    print(f"run folder: {run.folder}")
-    print(json.dumps(run.final, indent=1))
+    if distributed.rank() == 0:
+        print(f"run folder: {run.folder}")
+        print(json.dumps(run.final, indent=1))
     return 0

@@ -115,7 +115,8 @@ class TrainConfig:
     warmup: float = _opt(0.15, "share of training over which lambda rises linearly from 0 (der, elle)", low=0)
     # optimisation
     epochs: int = _opt(30, "epochs", paper="30 (N-FGSM), 200 (Rice), 100 (WEAT)", low=1)
-    batch_size: int = _opt(128, "batch size", paper="128", low=1)
+    batch_size: int = _opt(128, "batch size, over all processes", paper="128", low=1)
+    sync_bn: bool = _opt(False, "several processes: BatchNorm over the whole batch, else over each one's share; running statistics are averaged every epoch")
     lr: float = _opt(0.1, "peak learning rate", paper="0.1 (Rice), 0.2 (Wong, N-FGSM), 0.3 (GradAlign)", low=0)
     schedule: str = _opt("onecycle", "learning-rate schedule, set per step", paper="piecewise (Rice), triangular (Wong)", choices=SCHEDULE_NAMES)
     peak: float = _opt(0.25, "share of training at which triangular and onecycle peak", paper="0.5 (Wong), 0.4 (GradAlign)", low=0)
@@ -154,6 +155,8 @@ class TrainConfig:
             raise DerkitError("warmup and peak are shares of training, in [0, 1].")
         if self.regularizer == "gradalign" and self.compile:
             raise DerkitError("gradalign needs double backward, which torch.compile does not support: set compile=false.")
+        if self.sync_bn and self.compile:
+            raise DerkitError("sync_bn talks to other processes inside the model, which is not compiled: set compile=false.")
         if self.regularizer == "gradalign" and self.precision in ("bf16", "fp16"):
             raise DerkitError("gradalign is trained in fp32 or fp64: its input gradients are too small for half precision.")
         if self.norm != "linf" and self.method not in ("pgd", "trades", "weat"):

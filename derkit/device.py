@@ -7,11 +7,13 @@ from contextlib import nullcontext
 import torch
 
 from derkit.config import AUTO, TrainConfig
+from derkit.distributed import device_name
 from derkit.errors import DerkitError
 
 
 def choose_device(name: str = AUTO) -> torch.device:
-    """'auto': the first GPU, else the CPU. Raises DerkitError for a device that is not there."""
+    """'auto': the first GPU (with several processes this one's own), else the CPU. Raises DerkitError where it is not there."""
+    name = device_name(name)
     if name == AUTO:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

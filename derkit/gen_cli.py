@@ -9,6 +9,7 @@ import sys
 from derkit.cli import parse_sets
 from derkit.config import AUTO, TrainConfig
 from derkit.data_sources import home
+from derkit.distributed import launched
 from derkit.errors import CheckpointError, DerkitError
 from derkit.gen_config import GenerateConfig, help_text
 
@@ -21,6 +22,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one field; repeatable")
     parser.add_argument("--folder", help="where the shards go; default: DERKIT_HOME/generated/<name>-<hash>")
     parser.add_argument("--fresh", action="store_true", help="replace what the folder holds")
+    parser.add_argument("--part", metavar="I/N", help="make every N-th shard only, the I-th (from 1); torchrun sets it")
     parser.add_argument("--dataset", help="default: the data that the checkpoint was trained on")
     parser.add_argument("--data-dir", help="where to look for the data")
     parser.add_argument("--device", default=AUTO, help="auto, cpu, cuda, cuda:1")
@@ -50,12 +52,25 @@ def _load(options: argparse.Namespace):
     return load_model(options.checkpoint, classes=len(dataset.classes), device=device), dataset
 
 
+def _part(text: str | None) -> tuple[int, int]:
+    """'2/4' -> (2, 4); without it the process's place under torchrun, (1, 1) without that."""
+    rank, world = launched()
+    if not text:
+        return rank + 1, world
+    if world > 1:
+        raise DerkitError("torchrun splits the work already: leave out --part, or start the parts without torchrun.")
+    i, _, n = text.partition("/")
+    if not (i.isdigit() and n.isdigit()):
+        raise DerkitError(f"--part is I/N such as 1/4, found {text!r}.")
+    return int(i), int(n)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Generate, print where the images are and what they look like in numbers. Returns the exit status (2: bad
     input)."""
     options = _parser().parse_args(argv)
     try:
-        config = GenerateConfig.make(**parse_sets(options.set))
+        config, part = GenerateConfig.make(**parse_sets(options.set)), _part(options.part)
         model, dataset = _load(options)
         from derkit.checkpoint import state_hash
         from derkit.generation import generate
@@ -63,7 +78,9 @@ def main(argv: list[str] | None = None) -> int:
         name = f"{dataset.name}-{config.init}-{config.stop}-n{config.n}-s{config.seed}"
         key = config.hash(state_hash(model.state_dict()), dataset.sha256)
         folder = options.folder or home() / "generated" / f"{name}-{key}"
-        samples = generate(model, dataset, config=config, folder=folder, fresh=options.fresh)
+        samples = generate(model, dataset, config=config, folder=folder, fresh=options.fresh, part=part)
+        if len(samples) < config.n:  # another part ends last, and reports
+            return 0
         print(f"samples: {folder}")
         numbers = {k: v for k, v in samples.record.items() if isinstance(v, int | float) and k != "seed"}
         print(json.dumps(numbers, indent=1))

@@ -71,6 +71,18 @@ class Job:
             return sample(self.model, self.starts(draw.index), draw.labels, draw.index, self.config, self.reference,
                           trace=trace, frames_every=frames_every)
 
+    def run_from(self, x0: Tensor, labels: Tensor, **options: Any) -> Chains:
+        """The sampler from starts of your own: x0 (B, C, H, W) in [0, 1] moved towards ``labels`` (B,), numbered from 0.
+
+        Raises DerkitError where shapes, range or labels do not fit.
+        """
+        x0, labels = x0.to(self.pool.images.device, self.pool.dtype), labels.to(self.pool.images.device)
+        attacks.check_batch(x0, labels, self.model)
+        if tuple(x0.shape[1:]) != tuple(self.pool.shape):
+            raise DerkitError(f"x0 holds images of shape {tuple(x0.shape[1:])}, the data's are {tuple(self.pool.shape)}.")
+        with _reproducible():
+            return sample(self.model, x0, labels, torch.arange(len(x0), device=x0.device), self.config, self.reference, **options)
+
     def between(self, first: int, second: int, points: int = 9, **options: Any) -> Chains:
         """Interpolation of two local-PCA starts of one class, each point then sampled towards the same target.
 

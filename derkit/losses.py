@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from derkit import attacks
 from derkit.config import TrainConfig
+from derkit.distributed import Share, batch_mean, draw
 from derkit.energy import cross_entropy, marginal_energy, upcast
 
 Logits = dict[str, Tensor]
@@ -29,7 +30,7 @@ class Step:
     x: Tensor  # (B, C, H, W) in [0, 1]
     y: Tensor  # (B,)
     config: TrainConfig
-    generator: torch.Generator
+    generator: torch.Generator | Share
     progress: float = 0.0
     x_adv: Tensor | None = None  # x*, after the attack
     u: Tensor | None = None  # (B,) in [0, 1): the place on a segment, drawn with the point that needs it
@@ -37,7 +38,11 @@ class Step:
 
     def rand(self, *shape: int) -> Tensor:
         """Uniform numbers in [0, 1) from the step's own generator."""
-        return torch.rand(shape, generator=self.generator, device=self.x.device, dtype=self.x.dtype)
+        return draw(torch.rand, shape, self.generator, device=self.x.device, dtype=self.x.dtype)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of values (B,) over the whole batch, also where several processes share it; no graph."""
+        return batch_mean(values, self.generator)
 
 
 @dataclass(frozen=True)

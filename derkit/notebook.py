@@ -138,7 +138,7 @@ def say(text: str) -> None:
 
     from IPython.display import HTML, display
 
-    display(HTML(f"<pre>{escape(text)}</pre>"))
+    display(HTML(f'<pre style="font-family: monospace">{escape(text)}</pre>'))  # else exported pages use a proportional font
 
 
 def show_live(table: pd.DataFrame, digits: int = 3, title: str = "") -> None:

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 
 def progress(items: Iterable, desc: str = "", **options) -> Iterable:
     """``items`` behind a bar; plain ``items`` where a bar would only clutter a log (or TQDM_DISABLE is set)."""
-    if os.environ.get("TQDM_DISABLE") or os.environ.get("PYTEST_CURRENT_TEST"):
+    other = os.environ.get("RANK", "0") != "0"  # under torchrun only the first process shows bars
+    if other or os.environ.get("TQDM_DISABLE") or os.environ.get("PYTEST_CURRENT_TEST"):
         return items
     if "ipykernel" in sys.modules:
         try:  # the widget bar warns on stderr without ipywidgets

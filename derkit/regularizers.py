@@ -107,7 +107,7 @@ def abnormal(f: Logits, step: Step):
 def hinge(f: Logits, step: Step):
     """relu(dE(x) - m), m a running mean of dE(x) (decay 0.99): acts on jumps of the delta energy."""
     d = delta_energy(f["nat"], f["adv"])
-    mean = d.detach().mean()
+    mean = step.mean(d)
     m = step.state.get("hinge_mean", mean)
     step.state["hinge_mean"] = 0.99 * m + 0.01 * mean
     return (F.relu(d - m),)

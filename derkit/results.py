@@ -1,8 +1,14 @@
-"""Results over runs: committed records by name, and tables with seeds and spread."""
+"""Results over runs: committed records by name, and tables with seeds and spread.
+
+    python -m derkit.results FOLDER --csv table.csv       # runs named <point of a grid>-s<seed>
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +18,7 @@ import pandas as pd
 
 from derkit.diagnosis import co_onset
 from derkit.errors import DerkitError, nearest
-from derkit.records import Run, load_runs
+from derkit.records import Run, atomic_write, disk_errors, load_runs
 
 METRICS = ("clean", "fgsm", "pgd", "pgd50", "strong", "aa", "dE", "aae")
 
@@ -75,3 +81,45 @@ def summary(groups: Mapping[str, Sequence[Run]], which: str = "last") -> pd.Data
             row |= {metric: np.mean(values), f"{metric} min": np.min(values), f"{metric} max": np.max(values)}
         rows[name] = row
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def grid(folder: Path, names: Sequence[str] = ()) -> dict[str, list[Run]]:
+    """Finished runs of a folder whose names end in -s<seed>, grouped by what stands before it; ``names``: these runs only.
+
+    Raises DerkitError where a named run is not there or not finished, and where there is none at all.
+    """
+    found = {run.name: run for run in load_runs(folder) if run.finished}
+    for name in names:
+        if name not in found:
+            raise DerkitError(f"no finished run {name!r} in {folder}.{nearest(name, found)}")
+    groups: dict[str, list[Run]] = {}
+    for name in names or found:
+        groups.setdefault(re.sub(r"-s\d+$", "", name), []).append(found[name])
+    if not groups:
+        raise DerkitError(f"no finished runs in {folder}.")
+    return groups
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table of a folder of runs, or write it as CSV. Returns the exit status (2: bad input)."""
+    parser = argparse.ArgumentParser("python -m derkit.results", description="One row per point of a grid, over its seeds.")
+    parser.add_argument("folder", type=Path, help="holds run folders named <point>-s<seed>")
+    parser.add_argument("--runs", nargs="*", default=[], help="these runs only; default: all finished ones")
+    parser.add_argument("--which", choices=("last", "best"), default="last", help="epoch: the last, or the best on validation")
+    parser.add_argument("--csv", type=Path, help="write the table there")
+    options = parser.parse_args(argv)
+    try:
+        table = summary(grid(options.folder, options.runs), options.which)
+        if options.csv:
+            with disk_errors(options.csv):
+                atomic_write(options.csv, table.to_csv(index_label="run"))
+        else:
+            print(table.round(3).to_string())
+    except DerkitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

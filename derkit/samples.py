@@ -6,13 +6,10 @@ whole or not at all), timing.jsonl and summary.json (written last: the mark of a
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ from torch import Tensor
 
 from derkit.data import Split
 from derkit.errors import DerkitError
-from derkit.records import atomic_write
+from derkit.records import atomic_write, disk_errors
 from derkit.sampler import Chains
 
 
@@ -107,18 +104,6 @@ def write_shard(path: Path, samples: Samples) -> None:
     np.savez(buffer, **{k: getattr(samples, k).numpy() for k in ARRAYS})
     with disk_errors(path):
         atomic_write(path, buffer.getvalue())
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a failed write into a DerkitError that says what is kept and how to go on."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "free some space" if full else "make the folder writable"
-        raise DerkitError(f"could not write {path} ({error.strerror}). Nothing half-written is kept and finished files "
-                          f"stay: {remedy} and run the same again to go on.") from error
 
 
 def read_shard(path: Path, start: int, stop: int) -> Samples | None:

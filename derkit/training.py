@@ -1,6 +1,7 @@
 """Adversarial training: one loop for every method and regulariser, in a notebook and from the shell.
 
     python -m derkit.training --preset fashion_mini --set method=n_fgsm --set seed=3
+    torchrun --nproc-per-node 4 -m derkit.training --preset rice2020 --set device=auto
     python -m derkit.training --help
 """
 
@@ -12,6 +13,7 @@ import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from derkit import alarms, energy, losses, regularizers
+from derkit import alarms, distributed, energy, losses, regularizers
 from derkit.checkpoint import load_checkpoint, load_model, save_checkpoint
 from derkit.config import TrainConfig
 from derkit.data import Dataset, load_dataset
@@ -28,9 +30,10 @@ from derkit.errors import DerkitError, pick
 from derkit.evaluation import make_generator
 from derkit.models import build_model
 from derkit.progress import progress
-from derkit.records import Run, append_line, environment, keep_epochs, lock_folder, read_lines, runs_folder, write_json
+from derkit.records import Run, append_line, disk_errors, environment, keep_epochs, lock_folder, read_lines, runs_folder, write_json
 from derkit.reports import check_further, epoch_evaluation, final_evaluation, further_evaluation, missing
 from derkit.schedules import SCHEDULES
+from derkit.sync_bn import synced_batch_norm
 
 
 def model_from_config(config: TrainConfig, dataset: Dataset) -> nn.Module:
@@ -118,6 +121,7 @@ def _new_state(config: TrainConfig, model: nn.Module, device: torch.device, prec
     model.to(device, torch.float64 if precision == "fp64" else torch.float32)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
+    distributed.spread(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
                                 nesterov=False, fused=True if device.type == "cuda" else None)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True) if config.ema else None
@@ -128,7 +132,7 @@ def _train_epoch(state: _State, forward: nn.Module, dataset: Dataset, config: Tr
     """One epoch; returns its record. Statistics stay on the device until the epoch is over."""
     device = dataset.train.images.device
     generator = make_generator(device, "epoch", config.seed, state.epoch)
-    torch.manual_seed(config.seed * 100_003 + state.epoch)  # for dropout in a user's model
+    torch.manual_seed(config.seed * 100_003 + state.epoch + distributed.rank() * 1_000_000_007)  # for dropout in a user's model
     per_epoch = math.ceil(len(dataset.train) / config.batch_size)
     rows, began = [], time.perf_counter()
     dtype = torch.float64 if precision == "fp64" else torch.float32
@@ -139,17 +143,20 @@ def _train_epoch(state: _State, forward: nn.Module, dataset: Dataset, config: Tr
     attack_context = nullcontext if precision == "fp16" else context
     state.model.train()
     batches = dataset.train.batches(config.batch_size, generator, config.augment, dtype)
-    for i, (x, y) in enumerate(progress(batches, desc=f"epoch {state.epoch + 1}/{config.epochs}", total=per_epoch)):
+    for i, batch in enumerate(progress(batches, desc=f"epoch {state.epoch + 1}/{config.epochs}", total=per_epoch)):
+        x, y, draws = distributed.share(*batch, generator)
+        weight = distributed.weight(draws)
         if config.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         at = (state.epoch + i / per_epoch) / config.epochs
         rate = config.lr * SCHEDULES[config.schedule](at + 0.5 / per_epoch / config.epochs, config.peak)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        step = losses.Step(forward, x, y, config, generator, at, state=state.regularizer)
+        step = losses.Step(forward, x, y, config, draws, at, state=state.regularizer)
         total, statistics = train_step(step, context, attack_context)
         state.optimizer.zero_grad(set_to_none=True)
-        state.scaler.scale(total).backward()
+        state.scaler.scale(total * weight).backward()
+        distributed.sum_gradients(state.model)
         if config.clip:
             state.scaler.unscale_(state.optimizer)
             nn.utils.clip_grad_norm_(state.model.parameters(), config.clip)
@@ -157,18 +164,23 @@ def _train_epoch(state: _State, forward: nn.Module, dataset: Dataset, config: Tr
         state.scaler.update()
         if state.ema:
             state.ema.update_parameters(state.model)
-        rows.append(torch.stack([v.double() if device.type != "mps" else v.float() for v in statistics.values()]))
-    table = torch.stack(rows).cpu()  # the epoch's only read-back
+        rows.append(weight * torch.stack([v.double() if device.type != "mps" else v.float() for v in statistics.values()]))
+    table = distributed.total(torch.stack(rows)).cpu()  # the epoch's only read-back
     seconds = time.perf_counter() - began
     names = list(statistics)
     series = {name: table[:, names.index(name)] for name in names}
     mean = {f"train_{k}": v.mean().item() for k, v in series.items()}
-    if not all(math.isfinite(mean[f"train_{k}"]) for k in ("loss", "penalty")):
-        bad = int((~torch.isfinite(series["loss"] + series["penalty"])).nonzero()[0]) + 1
-        raise FloatingPointError(f"the loss is not finite at epoch {state.epoch + 1}, step {bad} of {per_epoch}.")
+    broken = (~torch.isfinite(series["loss"] + series["penalty"])).nonzero()
+
+    def check():
+        if len(broken):
+            raise FloatingPointError(f"the loss is not finite at epoch {state.epoch + 1}, step {int(broken[0]) + 1} of {per_epoch}.")
+
+    distributed.everywhere(check)
+    distributed.average_statistics(state.model, state.ema)
     keep = {k: [round(v, 4) if math.isfinite(v) else None for v in series[k].tolist()] for k in ("loss", "acc", "aae")}
     return dict(**{k: round(v, 6) for k, v in mean.items()}, lr=rate, images_per_s=round(len(dataset.train) / seconds, 1),
-                seconds=round(seconds, 3), steps=keep)
+                seconds=round(seconds, 3), processes=distributed.world(), steps=keep)
 
 
 def _signature(model: nn.Module | None) -> str:
@@ -204,59 +216,99 @@ def train(config: TrainConfig, dataset: Dataset | None = None, *, model: nn.Modu
     place unless the run is only loaded: `load_model(run.folder / "best.pt", model=...)` gives the weights either way.
     folder: default `run_folder`. A finished run with the same config is loaded, not trained again; an unfinished one goes
     on from its last epoch to the same result (``resume=False``: starts anew).
-    Raises DerkitError on bad input before any work, FloatingPointError when the loss is not finite.
+    Under torchrun every process takes its share of each batch; process 0 evaluates and writes, into a folder that all see.
+    Raises DerkitError on bad input before any work and when the disk is full, FloatingPointError when the loss is not finite.
     """
-    say = print if verbose else (lambda *a, **k: None)
+    with distributed.processes():
+        say = print if verbose and distributed.rank() == 0 else (lambda *a, **k: None)
+        config, dataset, device, why = distributed.in_turn(partial(_prepare, config, dataset, model))
+        distributed.everywhere(partial(_check_same_data, dataset, distributed.first(lambda: dataset.sha256)))
+        folder = Path(folder) if folder else run_folder(config, dataset, model)
+        if distributed.first(partial(_is_finished, folder, config, dataset, model, resume)):
+            say(f"loaded the finished run {folder.name} (same config; not trained again)")
+            distributed.first(partial(_complete, folder, dataset, config, model, say))
+            return Run(folder)
+        signature = _signature(model)
+        model = model if model is not None else model_from_config(config, dataset)
+        state = _new_state(config, model, device, config.precision)
+        with distributed.everywhere(lambda: _hold(folder) if distributed.rank() == 0 else nullcontext()):
+            if distributed.first(lambda: resume and (folder / "last.pt").is_file()):
+                distributed.everywhere(lambda: state.restore(load_checkpoint(folder / "last.pt", device)))
+                say(f"resuming {folder.name} after epoch {state.epoch}")
+            distributed.first(partial(_open, folder, state, dataset, config, signature, environment(device, config.precision, why)))
+            with synced_batch_norm(state.model, config.sync_bn):
+                _fit(folder, state, dataset, config, say)
+            distributed.first(partial(_finish, folder, state, dataset, config))
+        return Run(folder)
+
+
+def _prepare(config: TrainConfig, dataset: Dataset | None, model: nn.Module | None):
+    """(config, data set, device, why this precision) with everything checked that can be before any work."""
     device = choose_device(config.device)
     precision, why = choose_precision(config, device)
     config = config.change(precision=precision)
     pick("method", config.method, losses.METHODS)
+    if config.batch_size < distributed.world():
+        raise DerkitError(f"batch_size is over all processes: {config.batch_size} images cannot be shared by {distributed.world()}.")
     if dataset is None:
         dataset = load_dataset(config.dataset, config.data_dir or None, device, download=config.download,
                                train_size=config.train_size, valid_size=config.valid_size,
                                image_size=config.image_size or None, progress=progress)
-    if model is not None:
-        config = config.change(model="custom")
-    folder = Path(folder) if folder else run_folder(config, dataset, model)
     check_further(dataset, config)
+    return config if model is None else config.change(model="custom"), dataset, device, why
+
+
+def _check_same_data(dataset: Dataset, sha256: str) -> None:
+    if dataset.sha256 != sha256:
+        raise DerkitError(f"found other images of {dataset.name} ({dataset.source}) than process 0: give all machines the same data_dir.")
+
+
+def _is_finished(folder: Path, config: TrainConfig, dataset: Dataset, model: nn.Module | None, resume: bool) -> bool:
     if resume and ((folder / "final.json").is_file() or (folder / "last.pt").is_file()):
         _refuse_other_run(folder, config, dataset, model)
-    if resume and (folder / "final.json").is_file():
-        say(f"loaded the finished run {folder.name} (same config; not trained again)")
-        return _complete(folder, dataset, config, model, say)
+    return resume and (folder / "final.json").is_file()
 
-    signature = _signature(model)
-    model = model if model is not None else model_from_config(config, dataset)
-    state = _new_state(config, model, device, precision)
-    folder.mkdir(parents=True, exist_ok=True)
-    with lock_folder(folder):
-        if resume and (folder / "last.pt").is_file():
-            state.restore(load_checkpoint(folder / "last.pt", device))
+
+def _hold(folder: Path):
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        return lock_folder(folder)
+
+
+def _open(folder: Path, state: _State, dataset: Dataset, config: TrainConfig, signature: str, env: dict[str, Any]) -> None:
+    """Remove what the checkpoint does not know, and write what the run depends on."""
+    with disk_errors(folder):
+        if state.epoch:
             keep_epochs(folder / "metrics.jsonl", state.epoch)
-            say(f"resuming {folder.name} after epoch {state.epoch}")
         else:
             for old in ("metrics.jsonl", "final.json", "last.pt", "best.pt", "final.pt"):
                 (folder / old).unlink(missing_ok=True)
         sizes = dict(train=len(dataset.train), valid=len(dataset.valid), test=len(dataset.test))
         write_json(folder / "config.json", dict(train=config.as_dict(), dataset=dataset.name, source=dataset.source,
                                                 data_sha256=dataset.sha256, sizes=sizes, classes=dataset.classes, model=signature))
-        write_json(folder / "env.json", environment(device, precision, why))
-        _fit(folder, state, dataset, config, precision, say)
-        return _finish(folder, state, dataset, config)
+        write_json(folder / "env.json", env)
 
 
-def _fit(folder: Path, state: _State, dataset: Dataset, config: TrainConfig, precision: str, say) -> None:
-    """The epochs that are left: train, evaluate, keep the best on validation, write the line and the checkpoint."""
+def _fit(folder: Path, state: _State, dataset: Dataset, config: TrainConfig, say) -> None:
+    """The epochs that are left: train on all processes; evaluate and write on the first."""
     forward = torch.compile(state.model) if config.compile else state.model
-    rows = read_lines(folder / "metrics.jsonl")  # of the epochs before an interruption
-    stop = config.stop_on_co and bool(rows) and alarms.should_stop(rows)
+    rows = read_lines(folder / "metrics.jsonl") if distributed.rank() == 0 else []  # of the epochs before an interruption
+    stop = distributed.first(lambda: config.stop_on_co and bool(rows) and alarms.should_stop(rows))
     while state.epoch < config.epochs and not stop:
-        record = _train_epoch(state, forward, dataset, config, precision)
+        record = _train_epoch(state, forward, dataset, config, config.precision)
         state.epoch += 1
-        record = dict(epoch=state.epoch) | epoch_evaluation(state.judged, dataset, config, state.epoch) | record
-        if not math.isfinite(record["valid_loss"]):
-            raise FloatingPointError(f"the validation loss is not finite after epoch {state.epoch}.")
-        rows.append(record)
+        stop = distributed.first(partial(_close_epoch, folder, state, dataset, config, record, rows))
+    if stop:
+        say(f"stopped after epoch {state.epoch}: catastrophic-overfitting alarm")
+
+
+def _close_epoch(folder: Path, state: _State, dataset: Dataset, config: TrainConfig, record: dict[str, Any], rows: list) -> bool:
+    """Evaluate, keep the best on validation, write the line and the checkpoint; returns whether the alarm ends the run."""
+    record = dict(epoch=state.epoch) | epoch_evaluation(state.judged, dataset, config, state.epoch) | record
+    if not math.isfinite(record["valid_loss"]):
+        raise FloatingPointError(f"the validation loss is not finite after epoch {state.epoch}.")
+    rows.append(record)
+    with disk_errors(folder):
         if record["valid_pgd"] > state.best:
             state.best, state.best_epoch = record["valid_pgd"], state.epoch
             _save(folder / "best.pt", state, config)
@@ -264,17 +316,17 @@ def _fit(folder: Path, state: _State, dataset: Dataset, config: TrainConfig, pre
         stop = config.stop_on_co and alarms.should_stop(rows)
         if state.epoch % config.save_every == 0 or state.epoch == config.epochs or stop:
             save_checkpoint(folder / "last.pt", state.model, config.as_dict(), **state.extra())
-    if stop:
-        say(f"stopped after epoch {state.epoch}: catastrophic-overfitting alarm")
+    return stop
 
 
 def _save(path: Path, state: _State, config: TrainConfig) -> None:
     save_checkpoint(path, state.judged, config.as_dict(), epoch=state.epoch)
 
 
-def _finish(folder: Path, state: _State, dataset: Dataset, config: TrainConfig) -> Run:
+def _finish(folder: Path, state: _State, dataset: Dataset, config: TrainConfig) -> None:
     """Test both checkpoints, last and best-on-validation, and write final.json: the mark of a finished run."""
-    _save(folder / "final.pt", state, config)
+    with disk_errors(folder):
+        _save(folder / "final.pt", state, config)
     result = dict(last=final_evaluation(state.judged, dataset, config), last_epoch=state.epoch, best_epoch=state.best_epoch)
     if state.best_epoch == state.epoch:
         result["best"] = result["last"]
@@ -282,16 +334,16 @@ def _finish(folder: Path, state: _State, dataset: Dataset, config: TrainConfig) 
         model = copy.deepcopy(state.judged)  # a user's module keeps the last weights
         model.load_state_dict(load_checkpoint(folder / "best.pt", dataset.train.images.device)["state"])
         result["best"] = final_evaluation(model, dataset, config)
-    write_json(folder / "final.json", result)
-    return Run(folder)
+    with disk_errors(folder):
+        write_json(folder / "final.json", result)
 
 
-def _complete(folder: Path, dataset: Dataset, config: TrainConfig, model: nn.Module | None, say) -> Run:
-    """A finished run, with the PGD-50-10 and AutoAttack that the config asks for and that it lacks, from its checkpoints."""
+def _complete(folder: Path, dataset: Dataset, config: TrainConfig, model: nn.Module | None, say) -> None:
+    """Add the PGD-50-10 and AutoAttack that the config asks for and that a finished run lacks, from its checkpoints."""
     result = Run(folder).final
     if not any(missing(result[which], dataset, config) for which in ("last", "best")):
-        return Run(folder)
-    with lock_folder(folder):
+        return
+    with disk_errors(folder), lock_folder(folder):
         for which, file in (("last", "final.pt"), ("best", "best.pt")):
             if which == "best" and result["best_epoch"] == result["last_epoch"]:
                 result["best"] = result["last"]
@@ -300,7 +352,6 @@ def _complete(folder: Path, dataset: Dataset, config: TrainConfig, model: nn.Mod
                 judged = load_model(folder / file, model=copy.deepcopy(model), device=dataset.train.images.device)
                 result[which] |= further_evaluation(judged, dataset, config, result[which])
             write_json(folder / "final.json", result)
-    return Run(folder)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ MODELS = {"SAT": dict(method="pgd", steps=5), "standard": dict(method="standard"
 INITS = {"uniform": dict(init="uniform"), "class Gaussian": dict(init="class_gaussian"),
          "PCA as published": dict(init="pca_published"), "PCA, scale 1": dict(init="pca"),
          "local PCA": dict(init="local_pca"), "noisy images": dict(init="noisy_images")}
-STOPS = {"fixed 20": dict(stop="fixed", steps=20), "mean band": dict(stop="mean_band"),
+STOPS = {"fixed 4": dict(stop="fixed", steps=4), "fixed 20": dict(stop="fixed", steps=20), "mean band": dict(stop="mean_band"),
          "quantile": dict(stop="quantile")}
 ECCV24 = dict(init="pca_published", rule="plain", momentum=0.0, stop="fixed")
 

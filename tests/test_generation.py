@@ -275,6 +275,21 @@ def test_help_lists_the_config(capsys):
 
 
 # ----------------------------------------------------------------------------------------------------- diagnostics
+def test_starts_of_ones_own(trained, some):
+    """The job's own starts give the job's own samples; images of another class move towards the wanted one."""
+    job = prepare(trained, some, **QUICK)
+    first = torch.arange(6)
+    assert torch.equal(job.run_from(job.starts(first), job.draw(first).labels).x, job.run(range(6)).x)
+    x0, wanted = some.test.floats(0, 20), (some.test.labels[:20] + 5) % 10
+    out = prepare(trained, some, stop="fixed", steps=5).run_from(x0, wanted)
+    assert torch.equal(out.x0, x0) and (out.steps == 5).all() and (out.end[0] < out.start[0]).all()
+    for bad, message in ((x0 + 1, "must lie in"), (x0[..., :14], "the data's are")):
+        with pytest.raises(DerkitError, match=message):
+            job.run_from(bad, wanted)
+    with pytest.raises(DerkitError, match="labels must lie in"):
+        job.run_from(x0, wanted + 10)
+
+
 def test_interpolation_joins_its_ends(trained, some):
     job = prepare(trained, some, **QUICK, noise=0.0)
     out = job.between(0, 10, points=5)

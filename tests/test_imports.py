@@ -14,8 +14,8 @@ PACKAGE = Path(derkit.__file__).parent
 MODULES = {p.stem: p for p in PACKAGE.glob("*.py") if p.stem != "__init__"}
 ORDER = [  # each module imports from lines above its own only
     {"errors", "progress", "schedules", "alarms", "presets"},
-    {"config", "data_sources", "augment"},
-    {"data", "records", "cli", "device"},
+    {"config", "data_sources", "augment", "distributed"},
+    {"data", "records", "cli", "device", "sync_bn"},
     {"models"},
     {"energy", "checkpoint"},
     {"attack_losses"},

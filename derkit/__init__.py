@@ -19,6 +19,7 @@ _WHERE = {
     "attacks": ("fgsm", "rs_fgsm", "n_fgsm", "pgd"),
     "checkpoint": ("save_checkpoint", "load_checkpoint", "load_model"),
     "evaluation": ("robust_accuracy", "strong_accuracy", "autoattack"),
+    "masking": ("gradient_masking",),
     "training": ("train",),
     "records": ("Run", "load_runs"),
     "generation": ("generate",),

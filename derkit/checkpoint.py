@@ -59,6 +59,9 @@ def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device = 
     needed = {"spec", "variant", "state", "sha256"}
     if not isinstance(content, dict) or content.get("format") != FORMAT or not needed <= set(content):
         raise CheckpointError(f"{path} is not a derkit checkpoint (format {FORMAT!r}).")
+    tables = isinstance(content["spec"], dict) and isinstance(content["state"], dict) and "name" in content["spec"]
+    if not tables or not all(isinstance(v, torch.Tensor) for v in content["state"].values()):
+        raise CheckpointError(f"{path} is not a derkit checkpoint: its spec or state is not what the format says.")
     if state_hash(content["state"]) != content["sha256"]:
         raise CheckpointError(f"{path}: the weights do not match the recorded sha256.")
     return content
@@ -81,7 +84,10 @@ def load_model(path: str | os.PathLike, *, classes: int | None = None, model: nn
     if model is None:
         if spec["name"] == "custom":
             raise CheckpointError(f"{path} holds a custom module: pass model=YourModule().")
-        model = build_model(**spec)
+        try:
+            model = build_model(**spec)
+        except (TypeError, ValueError, RuntimeError) as error:  # a forged spec; DerkitError is a ValueError
+            raise CheckpointError(f"{path} names a network that cannot be built: {error}") from error
     found = getattr(model, "spec", None)
     if found and spec["name"] != "custom" and not same_network(found, spec):
         raise CheckpointError(f"{path} ({content['variant']}) does not fit the model, which is {describe(found)}.")

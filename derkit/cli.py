@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from derkit.config import TrainConfig, help_text
 from derkit.errors import DerkitError
@@ -18,6 +19,12 @@ def parse_sets(pairs: list[str]) -> dict[str, str]:
             raise DerkitError(f"--set takes key=value, found {pair!r}.")
         values[key.strip()] = value.strip()
     return values
+
+
+def interrupted() -> int:
+    """One line after Ctrl-C, and the exit status that shells expect of it."""
+    print("interrupted: finished epochs and shards are kept, the same command goes on.", file=sys.stderr)
+    return 130
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     except (DerkitError, FloatingPointError) as error:
         distributed.report(error)
         return 2
+    except KeyboardInterrupt:
+        return interrupted()
     if distributed.rank() == 0:
         print(f"run folder: {run.folder}")
         print(json.dumps(run.final, indent=1))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
+import pickle
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -117,7 +118,7 @@ def read_image(path: Path, channels: int | None, size: int | None) -> np.ndarray
                 box = ((w - side) // 2, (h - side) // 2, (w + side) // 2, (h + side) // 2)
                 image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
             array = np.asarray(image, dtype=np.uint8)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot read image {path}: {error}. Delete or replace the file.") from error
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
@@ -167,7 +168,10 @@ def read_torchvision(name: str, root: Path, train: bool, download: bool) -> Arra
         data = datasets.SVHN(root, split="train" if train else "test", download=download)
         return np.asarray(data.data, np.uint8), np.asarray(data.labels, np.int64)
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashion_mnist": datasets.FashionMNIST}[name]
-    data = kind(root, train=train, download=download)
+    try:
+        data = kind(root, train=train, download=download)
+    except pickle.UnpicklingError as error:  # what torchvision once kept in processed/, with something else in it
+        raise DataError(f"{name} under {root} holds a file that is no data: not loaded. Delete {root}/*/processed.") from error
     images = data.data.numpy() if name == "fashion_mnist" else np.asarray(data.data)
     images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
     return np.ascontiguousarray(images, dtype=np.uint8), np.asarray(data.targets, dtype=np.int64)

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from derkit.cli import parse_sets
+from derkit.cli import interrupted, parse_sets
 from derkit.config import AUTO, TrainConfig
 from derkit.data_sources import home
 from derkit.distributed import launched
@@ -89,6 +89,8 @@ def main(argv: list[str] | None = None) -> int:
     except DerkitError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return interrupted()
     return 0
 
 

@@ -54,6 +54,10 @@ def inception(path: str | os.PathLike | None = None, required: bool = False) -> 
     if not sha256.startswith(INCEPTION_PREFIX):
         raise DerkitError(f"{file} has sha256 {sha256[:8]}..., expected {INCEPTION_PREFIX}...: damaged, or another "
                           f"file. Download {INCEPTION_URL} again.")
+    try:  # the prefix is 32 bits, which can be forged, and torch-fidelity would run a pickle's code
+        torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise DerkitError(f"{file} holds something else than tensors: not loaded. Download {INCEPTION_URL} again.") from error
     return Extractor("inception-v3-compat", "I", sha256, path=file, info=dict(weights=INCEPTION_FILE))
 
 

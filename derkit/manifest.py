@@ -113,6 +113,8 @@ def load_manifest(path: str | os.PathLike, overrides: dict[str, Any] | None = No
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         _known("manifest", content, MANIFEST_KEYS)
+        if not isinstance(content["name"], str) or not re.fullmatch(r"\w[\w.-]*", content["name"]):  # a folder's name
+            raise DerkitError(f"{path}: name must be letters, digits, _, - and ., found {content['name']!r}.")
         runs = [expanded for run in content["runs"] for expanded in _expand(run)]
         labels = [run["label"] for run in runs]
         if len({_slug(label) for label in labels}) != len(labels):
@@ -124,7 +126,7 @@ def load_manifest(path: str | os.PathLike, overrides: dict[str, Any] | None = No
         plain = {run["label"]: _job(content, run, 0, 0, {}).config for run in runs}  # published values are of these settings
         claims = [_claim(c | {"run": _owner(c, run)}, labels, plain[_owner(c, run)]) for run in _owners(runs) for c in run["expect"]]
         claims += [_claim(c | {"run": name}, labels) for c in content.get("claims", []) for name in _matching(c["run"], labels)]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise DerkitError(f"{path} is not a suite manifest: {error!r}.") from error
     if any(job.changed for job in jobs):
         claims = []

@@ -41,18 +41,6 @@ def atomic_write(path: Path, data: str | bytes) -> None:
         raise
 
 
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a failed write into a DerkitError that says what is kept and how to go on."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "free some space" if full else "make the folder writable"
-        raise DerkitError(f"could not write {path} ({error.strerror}). Nothing half-written is kept and finished files "
-                          f"stay: {remedy} and run the same again to go on.") from error
-
-
 def write_json(path: Path, value: Any) -> None:
     """A JSON file, atomically; numbers that JSON cannot hold become null."""
     atomic_write(path, json.dumps(_plain(value), indent=1) + "\n")
@@ -68,25 +56,59 @@ def _plain(value: Any) -> Any:
     return value
 
 
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a failed write into a DerkitError that says what is kept and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free some space" if full else "make the folder writable"
+        raise DerkitError(f"could not write {path} ({error.strerror or error}). Nothing half-written is kept and finished "
+                          f"files stay: {remedy} and run the same again to go on.") from error
+
+
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    """One JSON line at the end of a file."""
-    with open(path, "a", encoding="utf-8") as f:
-        f.write(json.dumps(_plain(record)) + "\n")
-        f.flush()
+    """One JSON line at the end of a file, on the disk when this returns. The torn line of a killed writer is dropped
+    first; a write that fails leaves the file as it was."""
+    line = (json.dumps(_plain(record)) + "\n").encode()
+    with open(path, "ab+", buffering=0) as f:
+        _drop_torn_line(f)
+        end = f.seek(0, os.SEEK_END)
+        try:
+            while line:  # a disk that fills up takes a part, and then says why
+                line = line[f.write(line) :]
+            os.fsync(f.fileno())
+        except BaseException:
+            f.truncate(end)
+            raise
+
+
+def _drop_torn_line(f: Any) -> None:
+    """Cut an open binary file after its last line break, if a write broke off behind it."""
+    size = f.seek(0, os.SEEK_END)
+    if not size:
+        return
+    f.seek(size - 1)
+    if f.read(1) != b"\n":
+        f.seek(0)
+        f.truncate(f.read().rfind(b"\n") + 1)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON lines of a file. A truncated last line is skipped with a warning; a broken one elsewhere is an error."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().split(b"\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
     rows = []
     for i, line in enumerate(lines):
         if not line.strip():
             continue
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # broken JSON, or a character cut in half
             if i < len(lines) - 1:
                 raise DerkitError(f"{path}, line {i + 1} is not JSON.") from None
             warnings.warn(f"{path.name}: the last line is truncated and was skipped.", stacklevel=2)
@@ -97,6 +119,12 @@ def keep_epochs(path: Path, epochs: int) -> None:
     """Drop lines of epochs that the checkpoint does not know (a kill fell between the line and the checkpoint)."""
     rows = [r for r in read_lines(path) if r["epoch"] <= epochs]
     atomic_write(path, "".join(json.dumps(r) + "\n" for r in rows))
+
+
+def remove_temporary(folder: Path) -> None:
+    """Delete what a writer that was killed left beside its files. Only for the holder of the folder's lock."""
+    for file in folder.glob(".*.tmp"):
+        file.unlink(missing_ok=True)
 
 
 def lock_folder(folder: Path) -> IO[str]:
@@ -136,14 +164,20 @@ class Run:
         self.folder = Path(folder)
         if not (self.folder / "config.json").is_file():
             raise DerkitError(f"{self.folder} is not a run folder (no config.json).")
-        self.config: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
+        self.config: dict[str, Any] = self._json("config.json")
         self.env: dict[str, Any] = self._json("env.json")
         self.final: dict[str, Any] = self._json("final.json")
         self.epochs = pd.DataFrame(read_lines(self.folder / "metrics.jsonl"))
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self.folder / name
-        return json.loads(path.read_text()) if path.is_file() else {}
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except (ValueError, RecursionError) as error:  # broken JSON, or bytes that are no text
+            raise DerkitError(f"{path} is not JSON ({error}). Restore or delete it.") from None
+        if not isinstance(found, dict):
+            raise DerkitError(f"{path} holds a {type(found).__name__}, not a record. Restore or delete it.")
+        return found
 
     @property
     def name(self) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from derkit.data import Split
 from derkit.errors import DerkitError
+from derkit.gen_config import GenerateConfig
 from derkit.records import atomic_write, disk_errors
 from derkit.sampler import Chains
 
@@ -133,8 +134,12 @@ def load_samples(folder: str | Path) -> Samples:
         raise DerkitError(f"{folder} is not a folder of samples (no manifest.json).")
     if not (folder / "summary.json").is_file():
         raise DerkitError(f"{folder} is not finished (no summary.json): run its generation again, it goes on.")
-    manifest, summary = (json.loads((folder / f"{k}.json").read_text()) for k in ("manifest", "summary"))
-    n, size = manifest["config"]["n"], manifest["config"]["shard_size"]
+    try:
+        manifest, summary = (json.loads((folder / f"{k}.json").read_text()) for k in ("manifest", "summary"))
+        config = GenerateConfig(**manifest["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DerkitError(f"{folder} is not a folder of samples (manifest.json or summary.json: {error}).") from error
+    n, size = config.n, config.shard_size
     parts = []
     for i, start in enumerate(range(0, n, size)):
         part = read_shard(shard_path(folder, i), start, min(n, start + size))

@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--evaluate", action="append", default=[], metavar="NAME=IMAGES",
                         help="evaluate finished runs further, train nothing: autoattack=1000, pgd50=1000 (repeatable)")
     options = parser.parse_args(argv)
-    from derkit.cli import parse_sets
+    from derkit.cli import interrupted, parse_sets
 
     try:
         known = read_manifest(options.manifest, parse_sets(options.set))
@@ -231,7 +231,10 @@ def main(argv: list[str] | None = None) -> int:
     if evaluations:
         jobs = finished(jobs, evaluations)
         print(f"{len(jobs)} finished runs to evaluate")
-    return 1 if run(jobs, options.jobs, options.threads, known) else 0
+    try:
+        return 1 if run(jobs, options.jobs, options.threads, known) else 0
+    except KeyboardInterrupt:  # the runs got it as well, and keep what they have
+        return interrupted()
 
 
 if __name__ == "__main__":

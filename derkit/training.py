@@ -30,7 +30,18 @@ from derkit.errors import DerkitError, pick
 from derkit.evaluation import make_generator
 from derkit.models import build_model
 from derkit.progress import progress
-from derkit.records import Run, append_line, disk_errors, environment, keep_epochs, lock_folder, read_lines, runs_folder, write_json
+from derkit.records import (
+    Run,
+    append_line,
+    disk_errors,
+    environment,
+    keep_epochs,
+    lock_folder,
+    read_lines,
+    remove_temporary,
+    runs_folder,
+    write_json,
+)
 from derkit.reports import check_further, epoch_evaluation, final_evaluation, further_evaluation, missing
 from derkit.schedules import SCHEDULES
 from derkit.sync_bn import synced_batch_norm
@@ -171,10 +182,13 @@ def _train_epoch(state: _State, forward: nn.Module, dataset: Dataset, config: Tr
     series = {name: table[:, names.index(name)] for name in names}
     mean = {f"train_{k}": v.mean().item() for k, v in series.items()}
     broken = (~torch.isfinite(series["loss"] + series["penalty"])).nonzero()
+    whole = torch.stack([p.isfinite().all() for p in state.model.parameters()]).all()  # a NaN gradient may hide from the loss
 
     def check():
         if len(broken):
             raise FloatingPointError(f"the loss is not finite at epoch {state.epoch + 1}, step {int(broken[0]) + 1} of {per_epoch}.")
+        if not whole:
+            raise FloatingPointError(f"the weights are not finite after epoch {state.epoch + 1}.")
 
     distributed.everywhere(check)
     distributed.average_statistics(state.model, state.ema)
@@ -201,9 +215,13 @@ def run_folder(config: TrainConfig, dataset: Dataset, model: nn.Module | None = 
 def _refuse_other_run(folder: Path, config: TrainConfig, dataset: Dataset, model: nn.Module | None) -> None:
     """Raise DerkitError where the folder holds a run of another config, other data or another model."""
     found = Run(folder).config
-    same = {"another config": TrainConfig(**found["train"]).hash() == config.hash(),
-            "other data": found["data_sha256"] == dataset.sha256,
-            "another model": found.get("model", "") == _signature(model)}
+    try:
+        same = {"another config": TrainConfig(**found["train"]).hash() == config.hash(),
+                "other data": found["data_sha256"] == dataset.sha256,
+                "another model": found.get("model", "") == _signature(model)}
+    except (KeyError, TypeError) as error:  # not written by this kit, or by another version of it
+        raise DerkitError(f"{folder / 'config.json'} is not the config of a run ({error}). Choose another folder, or "
+                          "resume=False to replace it.") from error
     for what in (w for w, equal in same.items() if not equal):
         raise DerkitError(f"{folder} holds a run of {what}. Choose another folder, or resume=False to replace it.")
 
@@ -217,7 +235,8 @@ def train(config: TrainConfig, dataset: Dataset | None = None, *, model: nn.Modu
     folder: default `run_folder`. A finished run with the same config is loaded, not trained again; an unfinished one goes
     on from its last epoch to the same result (``resume=False``: starts anew).
     Under torchrun every process takes its share of each batch; process 0 evaluates and writes, into a folder that all see.
-    Raises DerkitError on bad input before any work and when the disk is full, FloatingPointError when the loss is not finite.
+    Raises DerkitError on bad input before any work and where the disk is full or the folder not writable (what is there
+    stays, the same call goes on later), FloatingPointError when loss or weights are not finite (it names what is good).
     """
     with distributed.processes():
         say = print if verbose and distributed.rank() == 0 else (lambda *a, **k: None)
@@ -228,16 +247,22 @@ def train(config: TrainConfig, dataset: Dataset | None = None, *, model: nn.Modu
             say(f"loaded the finished run {folder.name} (same config; not trained again)")
             distributed.first(partial(_complete, folder, dataset, config, model, say))
             return Run(folder)
-        signature = _signature(model)
+        signature, finished = _signature(model), partial(_is_finished, folder, config, dataset, model, resume)
         model = model if model is not None else model_from_config(config, dataset)
         state = _new_state(config, model, device, config.precision)
         with distributed.everywhere(lambda: _hold(folder) if distributed.rank() == 0 else nullcontext()):
+            if distributed.first(finished):
+                return Run(folder)  # another process was quicker
             if distributed.first(lambda: resume and (folder / "last.pt").is_file()):
                 distributed.everywhere(lambda: state.restore(load_checkpoint(folder / "last.pt", device)))
                 say(f"resuming {folder.name} after epoch {state.epoch}")
             distributed.first(partial(_open, folder, state, dataset, config, signature, environment(device, config.precision, why)))
             with synced_batch_norm(state.model, config.sync_bn):
-                _fit(folder, state, dataset, config, say)
+                try:
+                    _fit(folder, state, dataset, config, say)
+                except FloatingPointError as error:
+                    error.args = (f"{error} {_last_good(folder)}",)
+                    raise
             distributed.first(partial(_finish, folder, state, dataset, config))
         return Run(folder)
 
@@ -278,6 +303,7 @@ def _hold(folder: Path):
 def _open(folder: Path, state: _State, dataset: Dataset, config: TrainConfig, signature: str, env: dict[str, Any]) -> None:
     """Remove what the checkpoint does not know, and write what the run depends on."""
     with disk_errors(folder):
+        remove_temporary(folder)
         if state.epoch:
             keep_epochs(folder / "metrics.jsonl", state.epoch)
         else:
@@ -287,6 +313,13 @@ def _open(folder: Path, state: _State, dataset: Dataset, config: TrainConfig, si
         write_json(folder / "config.json", dict(train=config.as_dict(), dataset=dataset.name, source=dataset.source,
                                                 data_sha256=dataset.sha256, sizes=sizes, classes=dataset.classes, model=signature))
         write_json(folder / "env.json", env)
+
+
+def _last_good(folder: Path) -> str:
+    """What a run that stopped on NaN has left, in words."""
+    if not (folder / "last.pt").is_file():
+        return "No checkpoint was written before."
+    return f"The last good one is {folder / 'last.pt'} (epoch {load_checkpoint(folder / 'last.pt')['epoch']})."
 
 
 def _fit(folder: Path, state: _State, dataset: Dataset, config: TrainConfig, say) -> None:
@@ -339,7 +372,7 @@ def _finish(folder: Path, state: _State, dataset: Dataset, config: TrainConfig) 
 
 
 def _complete(folder: Path, dataset: Dataset, config: TrainConfig, model: nn.Module | None, say) -> None:
-    """Add the PGD-50-10 and AutoAttack that the config asks for and that a finished run lacks, from its checkpoints."""
+    """Give a finished run the PGD-50-10 and AutoAttack that the config asks for and that it lacks, from its checkpoints."""
     result = Run(folder).final
     if not any(missing(result[which], dataset, config) for which in ("last", "best")):
         return

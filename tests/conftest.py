@@ -10,10 +10,12 @@ import torch
 from hypothesis import settings
 from torch.nn import functional as F
 
+from derkit.checkpoint import load_model
 from derkit.config import TrainConfig
 from derkit.data import load_dataset
 from derkit.evaluation import make_generator
 from derkit.models import build_model
+from derkit.training import train
 
 settings.register_profile("derkit", deadline=None, max_examples=40, derandomize=True, database=None)
 settings.load_profile("derkit")
@@ -86,6 +88,31 @@ def trained(_trained):
     model = copy.deepcopy(_trained)
     model.spec = _trained.spec
     return model
+
+
+@pytest.fixture(scope="session")
+def toy_run(tmp_path_factory):
+    """A factory of models of the kit's own training, on 1000 bundled images in float64; trained once a session."""
+    made = {}
+
+    def train_once(**options):
+        key = tuple(sorted(options.items()))
+        if key not in made:
+            small = dict(width=6, train_size=1000, batch_size=32, eval_size=32, eval_steps=2, probe_size=8, final_size=32, final_steps=2,
+                         strong_size=0, probe_every=100, device="cpu", precision="fp64")
+            config = TrainConfig.make("fashion_mini", **(small | options))
+            data, folder = load_dataset(train_size=config.train_size), tmp_path_factory.mktemp("toy") / "run"
+            run = train(config, data, folder=folder, verbose=False)
+            made[key] = load_model(run.folder / "final.pt").float()
+        return made[key]
+
+    return train_once
+
+
+@pytest.fixture(scope="session")
+def robust(toy_run):
+    """A small PGD-trained network (eps 0.1)."""
+    return toy_run(method="pgd", steps=3, eps=0.1, epochs=3, batch_size=20)
 
 
 @pytest.fixture

@@ -98,7 +98,8 @@ def test_inception_with_a_wrong_file(tmp_path, monkeypatch):
         inception(tmp_path)  # its folder
     monkeypatch.setenv("DERKIT_INCEPTION", str(fake))
     assert find_inception() == fake
-    prefix = hashlib.sha256(b"not the weights").hexdigest()[:8]
+    torch.save({"w": torch.ones(2)}, fake)
+    prefix = hashlib.sha256(fake.read_bytes()).hexdigest()[:8]
     monkeypatch.setattr(inceptions, "INCEPTION_PREFIX", prefix)  # as if it were the file
     found = inception()
     assert found.columns == ("IS", "FID", "KID") and found.sha256.startswith(prefix) and found.logits(None) is None

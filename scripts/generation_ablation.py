@@ -4,8 +4,11 @@ seeds.
     python scripts/generation_ablation.py                                          # 3 seeds, every part
     python scripts/generation_ablation.py --parts recipe --models "TRADES,SAT + DER" --suffix _models
     python scripts/generation_ablation.py --seeds 1 --n 200 --parts grid --out /tmp/try    # a quick look
+    python scripts/generation_ablation.py --dataset cifar10 --n 10000 --checkpoint SAT=RUN/final.pt \\
+        --checkpoint "SAT + DER=RUN/final.pt" --out figures/records/generation_cifar10     # classifiers of your own
 
-Seed s stands for the classifier trained with seed s and for the samples drawn with seed s. Writes one JSON file a
+Seed s stands for the classifier trained with seed s and for the samples drawn with seed s; with --checkpoint the
+classifier is that file for every seed. The data needs its extractor: scripts/train_extractor.py. Writes one JSON file a
 part (grid, start, dial, recipe) with all rows, per-class values and the protocol into
 figures/records/generation_fashion_mini/. """
 
@@ -18,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from derkit.checkpoint import load_model
+from derkit.checkpoint import load_checkpoint, load_model
 from derkit.config import TrainConfig
 from derkit.data import Dataset, load_dataset
+from derkit.device import choose_device
 from derkit.extractor import extractor_for
 from derkit.gen_results import generation_summary
 from derkit.generation import generate
@@ -63,20 +67,24 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
 PICTURES = ("ECCV'24, eta 0.8, 20 steps", "local PCA, quantile stop", "local PCA, tau .7, quantile stop")
 
 
-def classifier(name: str, seed: int, dataset: Dataset):
-    """(model, its run) for one row of MODELS, trained once."""
+def classifier(name: str, seed: int, dataset: Dataset, files: dict[str, str]):
+    """(model, what a record says of it): a file that was given, or one row of MODELS, trained once."""
+    device = dataset.train.images.device
+    if name in files:
+        return load_model(files[name], classes=len(dataset.classes), device=device), dict(training=load_checkpoint(files[name])["config"])
     run = train(TrainConfig.make("fashion_mini", **TRAINING | MODELS[name] | dict(seed=seed)), dataset, verbose=False)
-    return load_model(run.folder / "final.pt", classes=len(dataset.classes)), run
+    accuracy = {k: run.final["last"][k] for k in ("clean", "pgd")}
+    model = load_model(run.folder / "final.pt", classes=len(dataset.classes), device=device)
+    return model, dict(test=accuracy, training=run.config["train"])
 
 
-def measure(part: str, models: list[str], seeds: int, n: int, reference: str) -> dict[str, Any]:
+def measure(part: str, dataset: Dataset, models: list[str], files: dict[str, str], seeds: int, n: int, reference: str) -> dict[str, Any]:
     """All rows of a part, every model and seed."""
-    dataset = load_dataset("fashion_mini")
     extractor = extractor_for(dataset)
     rows, per_class, protocols, used = [], [], [], []
     for name in models:
         for seed in range(seeds):
-            model, run = classifier(name, seed, dataset)
+            model, origin = classifier(name, seed, dataset, files)
             began = time.perf_counter()
             sets = {k: generate(model, dataset, n, seed=seed, **settings) for k, settings in PARTS[part].items()}
             table = metrics_table(sets, dataset, extractor, reference)
@@ -87,18 +95,15 @@ def measure(part: str, models: list[str], seeds: int, n: int, reference: str) ->
             for key, s in sets.items():
                 used.append(tag | dict(images=key) | s.statistics())
             used_by_all = {k: v for k, v in record["protocol"].items() if k != "samples"}
-            accuracy = {k: run.final["last"][k] for k in ("clean", "pgd")}
-            protocols.append(used_by_all | tag | dict(model_sha256=next(iter(sets.values())).record["model_sha256"],
-                                                      test=accuracy, training=run.config["train"]))
+            protocols.append(used_by_all | tag | dict(model_sha256=next(iter(sets.values())).record["model_sha256"]) | origin)
             print(f"{part}, {name}, seed {seed}: {time.perf_counter() - began:.0f} s", flush=True)
     return dict(part=part, n=n, reference=reference, settings=PARTS[part], protocols=protocols, rows=rows,
                 per_class=per_class, chains=used)
 
 
-def pictures(out: Path, n: int = 100) -> None:
+def pictures(dataset: Dataset, files: dict[str, str], out: Path, n: int = 100) -> None:
     """The first n starts and results of three settings, SAT with seed 0: what the sample grids are drawn from."""
-    dataset = load_dataset("fashion_mini")
-    model, _ = classifier("SAT", 0, dataset)
+    model, _ = classifier("SAT", 0, dataset, files)
     arrays = {}
     for name, settings in {k: PARTS["recipe"][k] for k in PICTURES}.items():
         s = generate(model, dataset, n, seed=0, **settings)
@@ -111,6 +116,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--models", default="SAT,standard", help=f"of: {', '.join(MODELS)}")
+    parser.add_argument("--checkpoint", action="append", default=[], metavar="NAME=FILE", help="a classifier of your own; repeatable")
+    parser.add_argument("--dataset", default="fashion_mini")
+    parser.add_argument("--data-dir", default=None)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--n", type=int, default=500)
     parser.add_argument("--reference", default="test", choices=("test", "train"))
@@ -118,11 +126,16 @@ def main() -> None:
     parser.add_argument("--suffix", default="", help="added to the name of the file, for other models")
     parser.add_argument("--pictures", action="store_true", help="also keep the first 100 images of three settings")
     options = parser.parse_args()
+    files = dict(pair.split("=", 1) for pair in options.checkpoint)
+    models = list(files) or options.models.split(",")
+    if not files and options.dataset != "fashion_mini":
+        parser.error("classifiers are trained here on fashion_mini only: give --checkpoint NAME=FILE")
+    dataset = load_dataset(options.dataset, options.data_dir, choose_device())
     if options.pictures:
-        pictures(options.out)
+        pictures(dataset, files, options.out)
     for part in filter(None, options.parts.split(",")):
         name = f"{part}{options.suffix}.json"
-        record = measure(part, options.models.split(","), options.seeds, options.n, options.reference)
+        record = measure(part, dataset, models, files, options.seeds, options.n, options.reference)
         write_json(options.out / name, record)
         print(generation_summary(record).round(2).to_string(), flush=True)
 

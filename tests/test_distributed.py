@@ -38,7 +38,7 @@ def torchrun(*words, home, n=2, module=()):
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | dict(OMP_NUM_THREADS="1", DERKIT_HOME=str(home), PYTHONPATH=path)
     began = time.monotonic()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout, done.stderr, time.monotonic() - began
 
 

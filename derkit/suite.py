@@ -59,10 +59,10 @@ def collect(job: Job) -> None:
 
 
 def note_divergence(job: Job) -> None:
-    """Where training stopped because the loss was not finite, that is a result: diverged.json goes into the records."""
+    """Where training stopped because loss or weights were not finite, that is a result: diverged.json goes into the records."""
     log = job.folder / "train.log"
     lines = log.read_text().splitlines() if log.is_file() else []
-    if lines and "is not finite" in lines[-1]:
+    if lines and "not finite" in lines[-1]:
         write_json(job.records / DIVERGED, dict(label=job.label, train=job.config.change(data_dir="").as_dict(), error=lines[-1]))
 
 

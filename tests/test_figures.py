@@ -89,3 +89,16 @@ def test_table_by_eps():
     values = [r.final["last"]["strong"] for r in groups["fgsm eps 16/255"]]
     assert row["mean"] == pytest.approx(np.mean(values)) and (row["min"], row["max"], row["runs"]) == (min(values), max(values), 3)
     assert len(by_eps(groups, "aa")) == 0
+
+
+def test_the_fresh_comparison_has_the_strengths_that_validation_chose():
+    """fashion_mnist_short runs every method at the strength with the highest PGD accuracy on validation images in tune_fashion_mini."""
+    best = {}
+    for job in SUITES["tune_fashion_mini"].jobs:
+        value = load_records("tune_fashion_mini")[job.label][0].epochs["valid_pgd"].iloc[-1]
+        name = job.label.rsplit(", ", 1)[0]
+        best[name] = max(best.get(name, (-1, None)), (value, job.config), key=lambda pair: pair[0])
+    chosen = {j.label: j.config for j in SUITES["fashion_mnist_short"].jobs}
+    assert set(best) == set(chosen) - {"fgsm"}
+    for name, (_, config) in best.items():
+        assert (chosen[name].weight, chosen[name].alpha) == (config.weight, config.alpha), name

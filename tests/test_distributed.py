@@ -33,7 +33,7 @@ TIMES = ("seconds", "images_per_s", "processes")
 
 
 def torchrun(*words, home, n=2, module=()):
-    """`python -m torch.distributed.run`: (exit status, stdout, stderr); a hang is an error after five minutes (a busy machine needs one)."""
+    """`python -m torch.distributed.run`: (exit status, stdout, stderr); a hang is an error after five minutes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), *module, *map(str, words)]
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | dict(OMP_NUM_THREADS="1", DERKIT_HOME=str(home), PYTHONPATH=path)

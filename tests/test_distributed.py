@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,24 +21,24 @@ CASES = {
     "fgsm": dict(method="fgsm"),
     "rs_fgsm_der": dict(method="rs_fgsm", regularizer="der", augment="crop_flip"),
     "pgd": dict(method="pgd"),
-    "trades_hinge": dict(method="trades", regularizer="der", variant="hinge"),  # a mean over the batch inside the loss
+    # the hinge holds a mean over the batch; made strong enough to show
+    "trades_hinge": dict(method="trades", eps=0.5, regularizer="der", variant="hinge", penalty="square", weight=100),
     "l2_elle": dict(method="pgd", norm="l2", eps=0.9, regularizer="elle"),
     "sync_bn_gradalign": dict(method="rs_fgsm", regularizer="gradalign", weight=0.5, batch_norm=True, sync_bn=True),
     "ema_clip_sync_bn": dict(method="n_fgsm", clip=0.1, ema=0.9, batch_norm=True, sync_bn=True),
 }
 FGSM = CASES["fgsm"]
-LOCAL = dict(method="rs_fgsm", batch_norm=True, epochs=1)
+LOCAL = dict(method="standard", batch_norm=True, epochs=1, lr=0)
 TIMES = ("seconds", "images_per_s", "processes")
 
 
 def torchrun(*words, home, n=2, module=()):
-    """`python -m torch.distributed.run`: (exit status, stdout, stderr, seconds); a hang is an error after a minute."""
+    """`python -m torch.distributed.run`: (exit status, stdout, stderr); a hang is an error after five minutes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), *module, *map(str, words)]
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | dict(OMP_NUM_THREADS="1", DERKIT_HOME=str(home), PYTHONPATH=path)
-    began = time.monotonic()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    return done.returncode, done.stdout, done.stderr, time.monotonic() - began
+    return done.returncode, done.stdout, done.stderr
 
 
 def work(cases, folder):
@@ -55,7 +54,7 @@ def runs(tmp_path_factory):
     workers.main(json.dumps({"up": half}), folder / "two")
     assert not Run(folder / "two" / "up").finished and len(Run(folder / "two" / "up").epochs) == 1
     broken = {mode: FGSM | dict(mode=mode) for mode in ("nan", "disk")}
-    status, out, errors, _ = work(CASES | {"up": FGSM, "down": half, "local_bn": LOCAL} | broken, folder / "two")
+    status, out, errors = work(CASES | {"up": FGSM, "down": half, "local_bn": LOCAL} | broken, folder / "two")
     assert status == 0, errors
     assert not Run(folder / "two" / "down").finished and len(Run(folder / "two" / "down").epochs) == 1
     workers.main(json.dumps({"down": FGSM}), folder / "two")
@@ -111,13 +110,13 @@ def test_records_are_written_once(runs):
 
 
 def test_local_batch_norm_averages_its_running_statistics(runs):
-    """Each process normalises its share; what is saved is the mean over processes, so that of neither alone."""
-    state = load_checkpoint(runs / "two" / "local_bn" / "last.pt")["state"]
-    mean, var = (state[f"1.features.1.running_{k}"] for k in ("mean", "var"))
-    assert torch.isfinite(mean).all() and (var > 0).all() and int(state["1.features.1.num_batches_tracked"]) == 3
+    """Weights that stay: the mean of two equal shares' means is the batch's; their variances are not the batch's variance."""
     workers.main(json.dumps({"local_bn": LOCAL}), runs / "one")
-    alone = load_checkpoint(runs / "one" / "local_bn" / "last.pt")["state"]["1.features.1.running_mean"]
-    assert 0 < (mean - alone).abs().max() < 0.1  # the mean of shares' means, from weights that differ a little
+    one, two = (load_checkpoint(runs / n / "local_bn" / "last.pt")["state"] for n in ("one", "two"))
+    torch.testing.assert_close(two["1.features.0.weight"], one["1.features.0.weight"], rtol=0, atol=0)
+    torch.testing.assert_close(two["1.features.1.running_mean"], one["1.features.1.running_mean"], rtol=0, atol=1e-12)
+    assert (two["1.features.1.running_var"] - one["1.features.1.running_var"]).abs().max() > 1e-6
+    assert int(two["1.features.1.num_batches_tracked"]) == 3
 
 
 @pytest.mark.parametrize("mode, message", [
@@ -136,14 +135,14 @@ def test_an_error_of_one_process_is_raised_by_all(runs, mode, message):
 
 def test_a_process_that_dies_ends_the_others(tmp_path):
     """Process 1 raises in the middle of an epoch, while process 0 waits for its gradients."""
-    status, _, errors, seconds = work({"run": FGSM | dict(mode="raise")}, tmp_path)
-    assert status != 0 and errors.count("RuntimeError: process 1 has had enough") == 1 and seconds < 45
+    status, _, errors = work({"run": FGSM | dict(mode="raise")}, tmp_path)
+    assert status != 0 and errors.count("RuntimeError: process 1 has had enough") == 1
     assert not (tmp_path / "run" / "final.json").exists()
 
 
 def test_errors_of_the_command_line_are_printed_once(tmp_path):
     """A bad field, found by every process."""
-    status, out, errors, _ = torchrun("--set", "batch_size=1", home=tmp_path, module=("-m", "derkit.training"))
+    status, out, errors = torchrun("--set", "batch_size=1", home=tmp_path, module=("-m", "derkit.training"))
     assert status != 0 and out == "" and errors.count("error: batch_size is over all processes: 1 images") == 1
     assert not (tmp_path / "runs").exists()
 
@@ -225,7 +224,7 @@ def checkpoint(net, tmp_path):
 
 def test_two_processes_generate_the_bytes_of_one(checkpoint):
     """Under torchrun: four shards by two processes, one manifest, one summary, printed once."""
-    status, out, errors, _ = torchrun(*generate_words(checkpoint, checkpoint / "two"), home=checkpoint, module=("-m", "derkit.generation"))
+    status, out, errors = torchrun(*generate_words(checkpoint, checkpoint / "two"), home=checkpoint, module=("-m", "derkit.generation"))
     assert status == 0, errors
     assert gen_cli.main(generate_words(checkpoint, checkpoint / "one")) == 0
     assert len(shards(checkpoint / "one")) == 4 and shards(checkpoint / "two") == shards(checkpoint / "one")

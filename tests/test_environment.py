@@ -52,7 +52,7 @@ def test_all_is_the_union_of_the_extras():
     assert (
         set(re.match(r"derkit\[(.*)\]", everything)[1].split(","))
         == set(EXTRAS) - {"all"}
-        == {"notebook", "test", "eval"}
+        == {"notebook", "test", "eval", "peers"}
     )
 
 

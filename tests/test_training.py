@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from derkit import training
+from derkit import attacks, training
 from derkit.checkpoint import load_checkpoint, load_model
 from derkit.config import SCHEDULE_NAMES, TrainConfig
 from derkit.data import Split
@@ -487,8 +487,8 @@ def test_augmentation_and_l2_reach_the_run(tiny, config, tmp_path, monkeypatch):
         train(config(augment=a, epochs=1), tiny, folder=tmp_path / a, verbose=False) for a in ("none", "crop_flip")
     )
     assert not same(weights(plain), weights(moved))
-    norms, original = set(), training.attacks.pgd
-    monkeypatch.setattr(training.attacks, "pgd", lambda *a, **k: norms.add(k.get("norm", "linf")) or original(*a, **k))
+    norms, original = set(), attacks.pgd
+    monkeypatch.setattr(attacks, "pgd", lambda *a, **k: norms.add(k.get("norm", "linf")) or original(*a, **k))
     train(config(method="pgd", norm="l2", eps=0.5, epochs=1, strong_size=2), tiny, verbose=False)
     assert norms == {"l2"}
 

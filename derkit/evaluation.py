@@ -136,19 +136,17 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def autoattack(model: nn.Module, split: Split, eps: float, norm: str = "linf", seed: int = 0,
-               batch_size: int = 256) -> dict:
-    """Standard AutoAttack (arXiv 2003.01690) through the packaged port `pyautoattack` (extra: eval).
+def autoattack_mask(model: nn.Module, split: Split, eps: float, norm: str = "linf", seed: int = 0,
+                    batch_size: int = 256) -> Tensor:
+    """Per image: does it survive standard AutoAttack (arXiv 2003.01690), through the packaged port `pyautoattack` (extra:
+    eval)? (N,) bool.
 
-    Returns a record: accuracy (worst case per image), clean, examples, seed, eps, norm, package, version.
     Raises DerkitError where the package is missing, at eps 0, and below 4 classes (its targeted DLR needs them).
     """
     names = {"linf": "Linf", "l2": "L2"}
     port_norm = pick("norm", norm, names)
     attacks.check_eps(eps, norm)
     try:
-        from importlib.metadata import version
-
         from pyautoattack import AutoAttack
     except ImportError as error:
         raise DerkitError('AutoAttack needs the package pyautoattack: pip install "derkit[eval]".') from error
@@ -170,9 +168,17 @@ def autoattack(model: nn.Module, split: Split, eps: float, norm: str = "linf", s
             part.n_target_classes = min(9, clean.shape[1] - 1)
         x_adv, _ = adversary.run_standard_evaluation(x, split.labels, batch_size=batch_size)
         with torch.no_grad():
-            robust = torch.cat([forward(b).argmax(1) for b in x_adv.split(batch_size)]) == split.labels
+            return torch.cat([forward(b).argmax(1) for b in x_adv.split(batch_size)]) == split.labels
+
+
+def autoattack(model: nn.Module, split: Split, eps: float, norm: str = "linf", seed: int = 0,
+               batch_size: int = 256) -> dict:
+    """The record of `autoattack_mask`: accuracy (worst case per image), clean, examples, seed, eps, norm, package, version."""
+    from importlib.metadata import version
+
+    robust = autoattack_mask(model, split, eps, norm, seed, batch_size)
     return dict(attack="AutoAttack standard", accuracy=robust.double().mean().item(),
-                clean=accuracy(clean, split.labels), examples=len(split), seed=seed, eps=eps, norm=norm,
+                clean=accuracy(predict(model, split), split.labels), examples=len(split), seed=seed, eps=eps, norm=norm,
                 package="pyautoattack", version=version("pyautoattack"))
 
 

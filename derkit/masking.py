@@ -149,7 +149,8 @@ def gradient_masking(model: nn.Module, data: Split | tuple[Tensor, Tensor], eps:
     data: a `Split`, or (x (N, C, H, W) in [0, 1], y (N,)); the first ``images`` are used. eps: the radius, in pixel units,
     at which the model is said to be robust. steps: numbers of PGD steps, rising from 1. restarts: of the strongest of them.
     noise: random points per image. source: another model for the data, for the transfer check. tolerance: how much
-    accuracy (share of images) a comparison may differ by chance. The model is left as it was.
+    accuracy (share of images) a comparison may differ by chance. The bounds of the 'suspicious' checks were set between
+    ordinary networks and networks collapsed by FGSM training on the bundled data. The model is left as it was.
     Raises DerkitError for bad input, eps 0 and steps that do not rise from 1.
     """
     attacks.check_eps(eps, norm)

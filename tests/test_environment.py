@@ -53,7 +53,7 @@ def test_all_is_the_union_of_the_extras():
     assert (
         set(re.match(r"derkit\[(.*)\]", everything)[1].split(","))
         == set(EXTRAS) - {"all", "grid", "browser"}
-        == {"notebook", "test", "eval"}
+        == {"notebook", "test", "eval", "peers"}
     )
 
 

@@ -38,7 +38,7 @@ def generate(model: nn.Module, dataset: Dataset, n: int | None = None, *, config
     folder: write shards of ``shard_size`` images there; what is already there is kept, so that the same call after a
     kill goes on and ends with the same bytes. Without it everything stays in memory. fresh: delete the folder's
     samples first. part: (i, n), i from 1: this process makes every n-th shard, others the rest, in any order and number;
-    the one that ends last returns all samples and writes summary.json, the others return their own.
+    the one that finds all done returns all samples and writes summary.json, the others return their own.
     Raises DerkitError before any work on bad input, on a folder of another config, and when the disk is full.
     """
     job = prepare(model, dataset, config, **overrides | ({} if n is None else {"n": n}))
@@ -123,10 +123,16 @@ def _to_folder(job: Job, folder: Path, fresh: bool, part: Part, say: Callable[[s
             with disk_errors(timing):
                 append_line(timing, dict(shard=i, n=b - a, seconds=round(time.perf_counter() - began, 3)))
         with _turn(folder):
-            for i, a, b in shards:  # of the other parts
+            timed = {t["shard"] for t in _timings(folder)}
+            for i, a, b in own:  # of a process that was killed before it could say how long they took
+                if i not in timed:
+                    append_line(timing, dict(shard=i, n=b - a, seconds=None))
+            for i, a, b in shards:  # of the other parts; one without its time is not over yet
                 if i not in parts:
-                    parts[i] = store.read_shard(shard_path(folder, i), a, b)
+                    parts[i] = store.read_shard(shard_path(folder, i), a, b) if i in timed else None
             missing = sum(p is None for p in parts.values())
+            if (folder / "summary.json").is_file():  # the last of the other parts was quicker
+                return concatenate([parts[i] for i, _, _ in own], new)
             if missing:
                 say(f"part {part[0]}/{part[1]} is done; {missing} of {len(shards)} shards of other parts are still to come")
                 return concatenate([parts[i] for i, _, _ in own], new)
@@ -180,9 +186,14 @@ def _turn(folder: Path):
     return _locked(folder / ".turn", "LOCK_EX")
 
 
+def _timings(folder: Path) -> list[dict[str, Any]]:
+    """A line per shard that was made: shard, n, seconds."""
+    return [line for path in sorted(folder.glob("timing*.jsonl")) for line in read_lines(path)]
+
+
 def _finish(folder: Path, record: dict[str, Any], samples: Samples) -> Samples:
     """Write summary.json: statistics, seconds of computing (summed over processes), and the hash of every shard."""
-    timing = [line for path in sorted(folder.glob("timing*.jsonl")) for line in read_lines(path)]
+    timing = [t for t in _timings(folder) if t["seconds"] is not None]
     made = sum(t["n"] for t in timing)
     summary = samples.statistics() | dict(
         seconds_per_1000=1000 * sum(t["seconds"] for t in timing) / made if made else None,

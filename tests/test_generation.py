@@ -159,6 +159,17 @@ def test_kill_in_the_middle_then_the_same_bytes(checkpoint, tmp_path, home):
     assert hashes[0] == hashes[1]
 
 
+def test_the_last_part_finishes_even_if_one_was_killed_before_its_time_was_written(trained, some, tmp_path):
+    """A shard without its line of time is not over for the other parts; its owner goes on, and one of them writes the summary."""
+    parts = [dict(folder=tmp_path / "p", part=(i, 2), n=40, shard_size=10, verbose=False, **QUICK) for i in (1, 2)]
+    assert len(generate(trained, some, **parts[0])) == 20
+    (tmp_path / "p" / "timing_1.jsonl").unlink()
+    assert len(generate(trained, some, **parts[1])) == 20 and not (tmp_path / "p" / "summary.json").exists()
+    whole = generate(trained, some, **parts[0])
+    assert same(whole, generate(trained, some, 40, shard_size=10, **QUICK)) and len(load_samples(tmp_path / "p")) == 40
+    assert json.loads((tmp_path / "p" / "summary.json").read_text())["seconds_per_1000"] > 0  # of the shards that have one
+
+
 def test_full_disk(trained, some, tmp_path):
     folder, settings = tmp_path / "out", dict(shard_size=20, **QUICK)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

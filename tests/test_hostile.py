@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from derkit import cli, extractor, fits, gen_cli, inception, notebook, suite
+from derkit import manifest as manifests
 from derkit.checkpoint import FORMAT, load_checkpoint, load_model, save_checkpoint, state_hash
 from derkit.config import TrainConfig
 from derkit.data import load_dataset
@@ -350,7 +351,7 @@ def test_papermill_parameter(canary, tmp_path):
 # ----------------------------------------------------------------------------------------------------------- manifests
 def test_suite_manifests(canary, tmp_path, monkeypatch, capsys):
     """Code in any field, names that are paths, and files that are no JSON."""
-    monkeypatch.setattr(suite, "records_folder", lambda: tmp_path / "records")
+    monkeypatch.setattr(manifests, "records_folder", lambda: tmp_path / "records")
     path = tmp_path / "evil.json"
     fine = dict(name="toy", preset="fashion_mini", set={}, runs=[dict(label="a", set={})])
     bad = [fine | dict(name=n) for n in ("../../up", "/etc", "..", ".", "a/b", "", 3.5, None)]

@@ -90,7 +90,7 @@ def test_trades_with_beta_0_is_clean_training(step):
 @pytest.mark.parametrize("name", METHOD_NAMES)
 def test_attack_of_each_method(name, step, seeded):
     """The config's eps, step size, steps, norm and BatchNorm mode reach the attack."""
-    s = step(name, eps=0.07, alpha=0.05, steps=3, attack_bn="train")
+    s = step(name, eps=0.07, **({} if name == "fgsm" else dict(alpha=0.05)), steps=3, attack_bn="train")
     x_adv, start, start_logits = METHODS[name].attack(s)
     common = dict(bn_mode="train", generator=seeded())
     if name == "standard":

@@ -4,6 +4,7 @@ CASES is JSON: {name: fields of the config, and 'mode': what goes wrong}; each i
 """
 
 import json
+import os
 import sys
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -82,7 +83,8 @@ def main(cases, folder):
                 with suppress(Stop), fault(fields.pop("mode", "")):
                     training.train(config(fields), tiny, folder=Path(folder) / name, verbose=False)
             except (DerkitError, FloatingPointError) as error:
-                print(f"{name}, process {distributed.rank()}: {error}")
+                line = f"{name}, process {distributed.rank()}: {error}\n"
+                os.write(1, line.encode())  # in one piece: the processes share the pipe
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import time
 from contextlib import nullcontext
@@ -35,14 +34,12 @@ from derkit.records import (
     append_line,
     disk_errors,
     environment,
-    keep_epochs,
     lock_folder,
     read_lines,
-    remove_temporary,
-    runs_folder,
     write_json,
 )
 from derkit.reports import check_further, epoch_evaluation, final_evaluation, further_evaluation, missing
+from derkit.run_folders import hold, is_finished, last_good, open_run, run_folder, signature_of
 from derkit.schedules import SCHEDULES
 from derkit.sync_bn import synced_batch_norm
 
@@ -197,35 +194,6 @@ def _train_epoch(state: _State, forward: nn.Module, dataset: Dataset, config: Tr
                 seconds=round(seconds, 3), processes=distributed.world(), steps=keep)
 
 
-def _signature(model: nn.Module | None) -> str:
-    """What tells a user's modules apart, which the config only calls 'custom': their layers, names and shapes."""
-    if model is None:
-        return ""
-    shapes = [(k, tuple(v.shape)) for k, v in model.state_dict().items()]
-    return hashlib.sha256(f"{model!r} {shapes}".encode()).hexdigest()[:16]
-
-
-def run_folder(config: TrainConfig, dataset: Dataset, model: nn.Module | None = None) -> Path:
-    """$DERKIT_HOME/runs/<readable name>-<hash of config, data and, if it is the user's own, model>."""
-    parts = [dataset.name, config.method, config.regularizer if config.regularizer != "none" else "",
-             config.variant if config.regularizer == "der" else "", f"eps{config.eps:.4g}", f"s{config.seed}"]
-    return runs_folder() / "-".join([*filter(None, parts), config.hash(dataset.sha256 + _signature(model))])
-
-
-def _refuse_other_run(folder: Path, config: TrainConfig, dataset: Dataset, model: nn.Module | None) -> None:
-    """Raise DerkitError where the folder holds a run of another config, other data or another model."""
-    found = Run(folder).config
-    try:
-        same = {"another config": TrainConfig(**found["train"]).hash() == config.hash(),
-                "other data": found["data_sha256"] == dataset.sha256,
-                "another model": found.get("model", "") == _signature(model)}
-    except (KeyError, TypeError) as error:  # not written by this kit, or by another version of it
-        raise DerkitError(f"{folder / 'config.json'} is not the config of a run ({error}). Choose another folder, or "
-                          "resume=False to replace it.") from error
-    for what in (w for w, equal in same.items() if not equal):
-        raise DerkitError(f"{folder} holds a run of {what}. Choose another folder, or resume=False to replace it.")
-
-
 def train(config: TrainConfig, dataset: Dataset | None = None, *, model: nn.Module | None = None,
           folder: str | Path | None = None, resume: bool = True, verbose: bool = True) -> Run:
     """Train, evaluate, record; returns the run (`Run.epochs`, `Run.final`, checkpoints in `Run.folder`).
@@ -243,25 +211,26 @@ def train(config: TrainConfig, dataset: Dataset | None = None, *, model: nn.Modu
         config, dataset, device, why = distributed.in_turn(partial(_prepare, config, dataset, model))
         distributed.everywhere(partial(_check_same_data, dataset, distributed.first(lambda: dataset.sha256)))
         folder = Path(folder) if folder else run_folder(config, dataset, model)
-        if distributed.first(partial(_is_finished, folder, config, dataset, model, resume)):
+        if distributed.first(partial(is_finished, folder, config, dataset, model, resume)):
             say(f"loaded the finished run {folder.name} (same config; not trained again)")
             distributed.first(partial(_complete, folder, dataset, config, model, say))
             return Run(folder)
-        signature, finished = _signature(model), partial(_is_finished, folder, config, dataset, model, resume)
+        signature, finished = signature_of(model), partial(is_finished, folder, config, dataset, model, resume)
         model = model if model is not None else model_from_config(config, dataset)
         state = _new_state(config, model, device, config.precision)
-        with distributed.everywhere(lambda: _hold(folder) if distributed.rank() == 0 else nullcontext()):
+        with distributed.everywhere(lambda: hold(folder) if distributed.rank() == 0 else nullcontext()):
             if distributed.first(finished):
                 return Run(folder)  # another process was quicker
             if distributed.first(lambda: resume and (folder / "last.pt").is_file()):
                 distributed.everywhere(lambda: state.restore(load_checkpoint(folder / "last.pt", device)))
                 say(f"resuming {folder.name} after epoch {state.epoch}")
-            distributed.first(partial(_open, folder, state, dataset, config, signature, environment(device, config.precision, why)))
+            env = environment(device, config.precision, why)
+            distributed.first(partial(open_run, folder, state.epoch, dataset, config, signature, env))
             with synced_batch_norm(state.model, config.sync_bn):
                 try:
                     _fit(folder, state, dataset, config, say)
                 except FloatingPointError as error:
-                    error.args = (f"{error} {_last_good(folder)}",)
+                    error.args = (f"{error} {last_good(folder)}",)
                     raise
             distributed.first(partial(_finish, folder, state, dataset, config))
         return Run(folder)
@@ -286,40 +255,6 @@ def _prepare(config: TrainConfig, dataset: Dataset | None, model: nn.Module | No
 def _check_same_data(dataset: Dataset, sha256: str) -> None:
     if dataset.sha256 != sha256:
         raise DerkitError(f"found other images of {dataset.name} ({dataset.source}) than process 0: give all machines the same data_dir.")
-
-
-def _is_finished(folder: Path, config: TrainConfig, dataset: Dataset, model: nn.Module | None, resume: bool) -> bool:
-    if resume and ((folder / "final.json").is_file() or (folder / "last.pt").is_file()):
-        _refuse_other_run(folder, config, dataset, model)
-    return resume and (folder / "final.json").is_file()
-
-
-def _hold(folder: Path):
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        return lock_folder(folder)
-
-
-def _open(folder: Path, state: _State, dataset: Dataset, config: TrainConfig, signature: str, env: dict[str, Any]) -> None:
-    """Remove what the checkpoint does not know, and write what the run depends on."""
-    with disk_errors(folder):
-        remove_temporary(folder)
-        if state.epoch:
-            keep_epochs(folder / "metrics.jsonl", state.epoch)
-        else:
-            for old in ("metrics.jsonl", "final.json", "last.pt", "best.pt", "final.pt"):
-                (folder / old).unlink(missing_ok=True)
-        sizes = dict(train=len(dataset.train), valid=len(dataset.valid), test=len(dataset.test))
-        write_json(folder / "config.json", dict(train=config.as_dict(), dataset=dataset.name, source=dataset.source,
-                                                data_sha256=dataset.sha256, sizes=sizes, classes=dataset.classes, model=signature))
-        write_json(folder / "env.json", env)
-
-
-def _last_good(folder: Path) -> str:
-    """What a run that stopped on NaN has left, in words."""
-    if not (folder / "last.pt").is_file():
-        return "No checkpoint was written before."
-    return f"The last good one is {folder / 'last.pt'} (epoch {load_checkpoint(folder / 'last.pt')['epoch']})."
 
 
 def _fit(folder: Path, state: _State, dataset: Dataset, config: TrainConfig, say) -> None:

@@ -31,8 +31,8 @@ GENERATE = dict(shard_size=20, init="local_pca", k=8, steps=3, stop="fixed", n=8
 # Where a child can die, for each task: a function and where it is looked up. 'torn' leaves half of what it wrote.
 POINTS = {
     "train": ["training.train_step", "training.epoch_evaluation", "training.final_evaluation", "training.append_line",
-              "training.save_checkpoint", "training.write_json", "training.keep_epochs", "records.os.replace",
-              "records.os.fsync"],
+              "training.save_checkpoint", "training.write_json", "run_folders.write_json", "run_folders.keep_epochs",
+              "records.os.replace", "records.os.fsync"],
     "generate": ["generation._range", "generation.append_line", "samples.atomic_write", "generation.write_json",
                  "records.os.replace", "records.os.fsync", "fits.cached"],
 }  # fmt: skip

@@ -29,8 +29,9 @@ from derkit.data import load_dataset
 from derkit.errors import CheckpointError, DataError, DerkitError
 from derkit.generation import generate
 from derkit.records import Run, load_runs, write_json
+from derkit.run_folders import run_folder
 from derkit.samples import load_samples, read_shard, shard_path
-from derkit.training import run_folder, train
+from derkit.training import train
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -18,6 +18,7 @@ ORDER = [  # each module imports from lines above its own only
     {"data", "records", "cli", "device", "sync_bn"},
     {"models"},
     {"energy", "checkpoint"},
+    {"run_folders"},
     {"attack_losses"},
     {"attacks"},
     {"losses", "evaluation"},

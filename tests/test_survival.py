@@ -21,14 +21,15 @@ import pytest
 import torch
 from torch import nn
 
-from derkit import cli, gen_cli, records, training
+from derkit import cli, gen_cli, records, run_folders, training
 from derkit.checkpoint import load_checkpoint, save_checkpoint
 from derkit.config import TrainConfig
 from derkit.errors import DerkitError
 from derkit.generation import generate
 from derkit.records import Run, append_line, read_lines
+from derkit.run_folders import run_folder
 from derkit.samples import load_samples
-from derkit.training import run_folder, train
+from derkit.training import train
 
 from . import survivor
 
@@ -263,7 +264,7 @@ def test_two_processes_on_one_run(tiny, config, tmp_path):
     folder.mkdir()
     with records.lock_folder(folder), pytest.raises(DerkitError, match="another process is training"):
         train(c, tiny, folder=folder, verbose=False)
-    original, first = training.lock_folder, []
+    original, first = run_folders.lock_folder, []
 
     def quicker(path):
         """Between the first look and the lock, the other process comes, trains and goes."""
@@ -273,12 +274,12 @@ def test_two_processes_on_one_run(tiny, config, tmp_path):
         return original(path)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "lock_folder", quicker)
+        patch.setattr(run_folders, "lock_folder", quicker)
         second = train(c, tiny, folder=folder, verbose=False)
     assert second.final == first[1].final
     first.clear()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(DerkitError, match="another config"):
-        patch.setattr(training, "lock_folder", quicker)
+        patch.setattr(run_folders, "lock_folder", quicker)
         train(c.change(eps=0.05), tiny, folder=folder, verbose=False)
     assert Run(folder).final == second.final
 

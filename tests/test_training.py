@@ -16,9 +16,10 @@ from derkit.data import Split
 from derkit.device import choose_device, choose_precision
 from derkit.errors import DerkitError
 from derkit.evaluation import accuracy, predict
-from derkit.records import Run, read_lines
+from derkit.records import Run, read_lines, runs_folder
+from derkit.run_folders import run_folder
 from derkit.schedules import SCHEDULES
-from derkit.training import model_from_config, run_folder, train
+from derkit.training import model_from_config, train
 
 TIMING = ("seconds", "images_per_s")
 
@@ -200,7 +201,7 @@ def test_resume_gives_the_same_result(options, tiny, config, monkeypatch, capsys
     c = config(epochs=3, **options)
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, init_scale=4.0, growth_interval=2))
-    whole = train(c, tiny, folder=training.runs_folder() / "whole", verbose=False)
+    whole = train(c, tiny, folder=runs_folder() / "whole", verbose=False)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, 2)
         train(c, tiny)
@@ -219,7 +220,7 @@ def test_resume_gives_the_same_result(options, tiny, config, monkeypatch, capsys
 
 def test_resume_of_a_users_module_with_dropout(tiny, config, monkeypatch):
     c, model = config(epochs=3, lr=1e-3), Own()
-    whole = train(c, tiny, model=model, folder=training.runs_folder() / "whole", verbose=False)
+    whole = train(c, tiny, model=model, folder=runs_folder() / "whole", verbose=False)
     assert (model.net[:3](tiny.train.floats()) > 0).float().mean() > 0.2  # its units are alive: dropout matters
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, 3)
@@ -233,7 +234,7 @@ def test_resume_of_a_users_module_with_dropout(tiny, config, monkeypatch):
 def test_resume_after_a_kill_between_line_and_checkpoint(tiny, config, monkeypatch, every):
     """Lines of epochs that the checkpoint does not know are dropped, a torn one too."""
     c = config(epochs=4, save_every=every)
-    whole = train(c, tiny, folder=training.runs_folder() / "whole", verbose=False)
+    whole = train(c, tiny, folder=runs_folder() / "whole", verbose=False)
     original, count = training.save_checkpoint, iter(range(100))
 
     def dies(path, *args, **kw):
@@ -254,7 +255,7 @@ def test_resume_after_a_kill_between_line_and_checkpoint(tiny, config, monkeypat
 
 def test_resume_before_the_final_evaluation(tiny, config, monkeypatch):
     """A kill during the last evaluation: nothing is trained again."""
-    whole = train(config(), tiny, folder=training.runs_folder() / "whole", verbose=False)
+    whole = train(config(), tiny, folder=runs_folder() / "whole", verbose=False)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "final_evaluation", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
         train(config(), tiny, verbose=False)

@@ -24,11 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import flop_registry
 
 from derkit.config import TrainConfig
+from derkit.costs import operations_per_image
 from derkit.data import Split
 from derkit.device import autocast, choose_device
 from derkit.energy import marginal_energy
@@ -178,29 +177,6 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int, repetitions
     return 2 * size**3 / min(times[1:])
 
 
-class Operations(TorchDispatchMode):
-    """Counts the operations of convolutions and matrix products. (torch's FlopCounterMode also follows modules, by hooks
-    that do not work under `torch.autograd.grad`.)"""
-
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        self.total += formula(*args, **(kwargs or {}), out_val=out) if formula else 0
-        return out
-
-
-def operations(build: Callable[[], nn.Module], split: Split, config: TrainConfig) -> float:
-    """Operations per image of one step of derkit, attack and backward included (convolutions and matrix products)."""
-    model, device = build().to(split.images.device).train(), split.images.device
-    x, y = next(split.batches(4))
-    with Operations() as counter:
-        loss, _ = train_step(Step(model, x, y, config, make_generator(device, 0), 1.0))
-        loss.backward()
-    return counter.total / len(x)
-
-
 def measure(trainers: dict[str, Callable[[int], None]], images: int, steps: int, repetitions: int) -> dict[str, float | str]:
     """Images per second, the median of repetitions that take turns; text where a row cannot run on this machine."""
     times: dict[str, list[float]] = {name: [] for name in trainers}
@@ -257,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
 
         for method in options.method or METHODS:
             config = TrainConfig.make("cifar10", model=name, batch_size=batch, **METHODS[method])
-            flops = operations(build, split, config)
+            flops = operations_per_image(build, *next(split.batches(4)), config)
             trainers = {r.name: runner(r, build, split, config, workers) for r in rows(options.compile)}
             rates = measure(trainers, batch, steps, repetitions)
             print(f"\n{name}, {method}, batch {batch}: {flops / 1e9:.2f} G operations per image and step")
@@ -267,9 +243,10 @@ def main(argv: list[str] | None = None) -> int:
                     print(f"  {row:52s} {rate}")
                     continue
                 share = rate * flops / peak["bf16"]
-                print(f"  {row:52s} {rate:10.1f} images/s   x{rate / base:5.2f}   {share:6.1%} of the bf16 peak", flush=True)
+                print(f"  {row:52s} {rate:10.1f} images/s   x{rate / base:5.2f}   {rate * flops / 1e12:8.3f} T operations/s, "
+                      f"{share:6.1%} of the bf16 peak", flush=True)
                 results.append(dict(model=name, method=method, row=row, images_per_s=round(rate, 2), ratio=round(rate / base, 3),
-                                    share_of_peak=round(share, 4)))
+                                    operations_per_s=round(rate * flops), share_of_peak=round(share, 4)))
             results += [dict(model=name, method=method, row=row, failed=rate) for row, rate in rates.items() if isinstance(rate, str)]
     out = options.out or (None if options.quick else Path(__file__).parent / f"throughput-{device.type}.json")
     if out:

@@ -103,6 +103,7 @@ class TrainConfig:
     method: str = _opt("rs_fgsm", "how adversarial examples are made and weighed in training", choices=METHOD_NAMES)
     eps: float = _opt(0.2, "radius in pixel units, e.g. 8/255", paper="8/255", eps=True)
     alpha: str | float = _opt(AUTO, "attack step; auto: 1.25 eps (rs_fgsm), eps (n_fgsm), eps/4 (others)", paper="2/255 (PGD-10)", auto="eps")
+    k: float = _opt(2.0, "n_fgsm: radius of its noise in units of eps", paper="2; 3 (SVHN, 12/255), 4 (WRN, 16/255)", low=0)
     steps: int = _opt(10, "attack steps of pgd, trades and weat", paper="10", low=1)
     norm: str = _opt("linf", "ball of the attack of pgd, trades and weat, and of the evaluation", choices=("linf", "l2"))
     attack_bn: str = _opt(AUTO, "BatchNorm during the training attack; auto: eval for trades and weat, else train", choices=("train", "eval", AUTO))
@@ -163,6 +164,8 @@ class TrainConfig:
             raise DerkitError(f"norm {self.norm!r} is for the methods pgd, trades and weat, found {self.method!r}.")
         if self.method == "fgsm" and self.alpha != AUTO and self.alpha != self.eps:
             raise DerkitError(f"the step of fgsm is eps, found alpha {self.alpha:g}. For another step use method=rs_fgsm or n_fgsm.")
+        if self.method != "n_fgsm" and self.k != 2:
+            raise DerkitError(f"k is the noise of n_fgsm, found k {self.k:g} with method {self.method!r}.")
         if self.method == "standard" and self.regularizer != "none":
             raise DerkitError(f"regularizer {self.regularizer!r} needs adversarial examples; method 'standard' makes none.")
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+from functools import partial
+from pathlib import Path
 
+from derkit import distributed
 from derkit.cli import interrupted, parse_sets
 from derkit.config import AUTO, TrainConfig
 from derkit.data_sources import home
-from derkit.distributed import launched
 from derkit.errors import CheckpointError, DerkitError
 from derkit.gen_config import GenerateConfig, help_text
 
@@ -54,7 +55,7 @@ def _load(options: argparse.Namespace):
 
 def _part(text: str | None) -> tuple[int, int]:
     """'2/4' -> (2, 4); without it the process's place under torchrun, (1, 1) without that."""
-    rank, world = launched()
+    rank, world = distributed.launched()
     if not text:
         return rank + 1, world
     if world > 1:
@@ -71,14 +72,11 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         config, part = GenerateConfig.make(**parse_sets(options.set)), _part(options.part)
-        model, dataset = _load(options)
-        from derkit.checkpoint import state_hash
-        from derkit.generation import generate
-
-        name = f"{dataset.name}-{config.init}-{config.stop}-n{config.n}-s{config.seed}"
-        key = config.hash(state_hash(model.state_dict()), dataset.sha256)
-        folder = options.folder or home() / "generated" / f"{name}-{key}"
-        samples = generate(model, dataset, config=config, folder=folder, fresh=options.fresh, part=part)
+        with distributed.processes():
+            model, dataset = distributed.in_turn(partial(_load, options))
+            folder = Path(options.folder) if options.folder else _default_folder(config, model, dataset)
+            # a process that fails tells the others when they are done: their shards are kept, and one error is printed
+            samples = distributed.everywhere(partial(_generate, model, dataset, config, folder, options.fresh, part))
         if len(samples) < config.n:  # another part ends last, and reports
             return 0
         print(f"samples: {folder}")
@@ -87,11 +85,24 @@ def main(argv: list[str] | None = None) -> int:
         if options.measure or options.inception:
             _measure(samples, dataset, options.inception)
     except DerkitError as error:
-        print(f"error: {error}", file=sys.stderr)
+        distributed.report(error)
         return 2
     except KeyboardInterrupt:
         return interrupted()
     return 0
+
+
+def _default_folder(config: GenerateConfig, model, dataset) -> Path:
+    from derkit.checkpoint import state_hash
+
+    key = config.hash(state_hash(model.state_dict()), dataset.sha256)
+    return home() / "generated" / f"{dataset.name}-{config.init}-{config.stop}-n{config.n}-s{config.seed}-{key}"
+
+
+def _generate(model, dataset, config: GenerateConfig, folder: Path, fresh: bool, part: tuple[int, int]):
+    from derkit.generation import generate
+
+    return generate(model, dataset, config=config, folder=folder, fresh=fresh, part=part)
 
 
 def _measure(samples, dataset, inception_path: str | None) -> None:

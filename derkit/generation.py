@@ -7,12 +7,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -24,7 +23,7 @@ from derkit.gen_config import GenerateConfig
 from derkit.jobs import Job, prepare
 from derkit.models import describe
 from derkit.progress import progress
-from derkit.records import append_line, disk_errors, environment, read_lines, write_json
+from derkit.records import append_line, disk_errors, environment, lock_file, read_lines, write_json
 from derkit.samples import Samples, concatenate, from_chains, shard_path
 
 Part = tuple[int, int]
@@ -157,33 +156,17 @@ def _open(folder: Path, new: dict[str, Any], fresh: bool, alone: bool) -> None:
             file.unlink()
 
 
-@contextlib.contextmanager
-def _locked(path: Path, kind: str, refusal: str = "") -> Iterator[None]:
-    """A file lock, which ends with the process, also when it is killed; with ``refusal`` an error where it is not free."""
-    try:
-        import fcntl
-    except ImportError:  # not on this system: no lock
-        yield
-        return
-    with disk_errors(path), open(path, "a") as f:  # "a": a look at a finished folder changes nothing in it
-        try:
-            fcntl.flock(f, getattr(fcntl, kind) | (fcntl.LOCK_NB if refusal else 0))
-        except OSError:
-            if not refusal:
-                raise
-            raise DerkitError(refusal) from None
-        yield
-
-
-def _writer(folder: Path, part: Part):
+def _writer(folder: Path, part: Part) -> IO[str]:
     """One process at a time writes to a folder, or parts of one work, which share it."""
-    kind = "LOCK_EX" if part[1] == 1 else "LOCK_SH"
-    return _locked(folder / ".lock", kind, f"another process is writing to {folder}: wait, or choose another folder.")
+    with disk_errors(folder):
+        return lock_file(folder / ".lock", shared=part[1] > 1,
+                         refusal=f"another process is writing to {folder}: wait, or choose another folder.")
 
 
-def _turn(folder: Path):
+def _turn(folder: Path) -> IO[str]:
     """Parts open and finish a folder one after the other."""
-    return _locked(folder / ".turn", "LOCK_EX")
+    with disk_errors(folder):
+        return lock_file(folder / ".turn")
 
 
 def _timings(folder: Path) -> list[dict[str, Any]]:

@@ -66,7 +66,7 @@ def no_attack(step: Step):
 def single_step(step: Step):
     """FGSM, RS-FGSM or N-FGSM, by the method's name; the start's logits come free with the gradient."""
     c = step.config
-    options = {} if c.method == "fgsm" else {"alpha": c.step_size}
+    options = {"fgsm": {}, "n_fgsm": dict(alpha=c.step_size, k=c.k)}.get(c.method, dict(alpha=c.step_size))
     attack = attacks.ATTACKS[c.method]
     return attack(step.model, step.x, step.y, c.eps, bn_mode=c.bn_mode, generator=step.generator, check=False,
                   return_start=True, **options)

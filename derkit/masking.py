@@ -99,13 +99,9 @@ class _Bench:
         """Which images survive all of ``tries`` random points of the ball, half of them on its surface. No gradient."""
         g, alive = self.generator("noise"), torch.ones_like(self.y, dtype=torch.bool)
         for i in range(tries):
-            if self.norm == "linf":
-                r = 2 * torch.rand(self.x.shape, generator=g, device=self.x.device, dtype=self.x.dtype) - 1
-                r = r.sign() if i % 2 else r
-            else:
-                r = F.normalize(torch.randn(self.x.shape, generator=g, device=self.x.device, dtype=self.x.dtype).flatten(1), dim=1)
-                u = torch.rand(len(r), 1, generator=g, device=r.device, dtype=r.dtype)
-                r = (r if i % 2 else r * u).view_as(self.x)
+            r = attacks.noise_in_ball(self.x, 1.0, self.norm, g)
+            if i % 2:
+                r = r.sign() if self.norm == "linf" else F.normalize(r.flatten(1), dim=1).view_as(r)
             alive &= self.judge(attacks.project(self.x + eps * r, self.x, eps, self.norm))[0]
         return alive
 
@@ -115,8 +111,7 @@ class _Bench:
         g, dead, cosines = self.generator("gradients"), [], []
         with attacks.attack_mode(self.model):
             for x, y in self.parts():
-                r = (2 * torch.rand(x.shape, generator=g, device=x.device, dtype=x.dtype) - 1) * eps
-                near = attacks.project(x + r, x, eps, self.norm)
+                near = (x + attacks.noise_in_ball(x, eps, self.norm, g)).clamp(0, 1)
                 (a, logits), (b, _) = (attacks.input_gradient(self.model, z, lambda f, y=y: cross_entropy(f, y)) for z in (x, near))
                 a, b = a.flatten(1), b.flatten(1)
                 useless = ~a.isfinite().all(1) | (a == 0).all(1)

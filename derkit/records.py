@@ -127,22 +127,30 @@ def remove_temporary(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def lock_folder(folder: Path) -> IO[str]:
-    """Hold a run folder until the returned file is closed (or the process ends, however it ends).
+def lock_file(path: Path, *, shared: bool = False, refusal: str = "") -> IO[str]:
+    """Hold a lock until the returned file is closed (or the process ends, however it ends).
 
-    Raises DerkitError where another process holds it. Without file locks (Windows) nothing is checked.
+    shared: beside others that hold it shared. ``refusal``: the DerkitError raised where the lock is not free; without it, wait.
+    Without file locks (Windows) nothing is checked.
     """
-    handle = open(folder / "lock", "w", encoding="utf-8")  # noqa: SIM115 (kept open on purpose)
+    handle = open(path, "a", encoding="utf-8")  # noqa: SIM115 (kept open on purpose); "a": a look changes nothing
     try:
         import fcntl
-
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:
-        pass
-    except OSError:
+        return handle
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (fcntl.LOCK_NB if refusal else 0))
+    except OSError as error:
         handle.close()
-        raise DerkitError(f"another process is training in {folder}. Wait for it, or choose another folder.") from None
+        if refusal and isinstance(error, BlockingIOError):
+            raise DerkitError(refusal) from None
+        raise
     return handle
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Hold a run folder, as `lock_file` does; DerkitError where another process holds it."""
+    return lock_file(folder / "lock", refusal=f"another process is training in {folder}. Wait for it, or choose another folder.")
 
 
 def environment(device: torch.device, precision: str, why: str) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
     python -m derkit.suite figures/suites/co_fashion_mini.json --jobs 2
     python -m derkit.suite figures/suites/cifar10.json --group A --calibrate      # one epoch of each method, then the plan
-    python -m derkit.suite figures/suites/cifar10.json --group A --jobs 4
+    python -m derkit.suite figures/suites/cifar10.json --dry-run --rate 100 --gpus 8     # the plan, from counted operations
+    python -m derkit.suite figures/suites/cifar10.json --group A --gpus 8               # eight runs at a time, one a GPU
     python -m derkit.suite figures/suites/cifar10.json --evaluate autoattack=1000 # finished runs, without training
 
 `derkit.manifest` says what a manifest holds. Each run is `python -m derkit.training`; a finished one is not trained again,
@@ -18,16 +19,14 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from derkit.config import TrainConfig
+from derkit.costs import calibrate, calibration_file, plan
 from derkit.errors import DerkitError, unknown
 from derkit.manifest import DIVERGED, Job, read_manifest, resolve
-from derkit.records import runs_folder, write_json
+from derkit.records import write_json
 
 EVALUATIONS = {"autoattack": "autoattack_size", "pgd50": "pgd50_size"}
 
@@ -38,10 +37,24 @@ def arguments(job: Job) -> list[str]:
     return ["--folder", str(job.folder), *(f"--set={k}={v}" for k, v in job.config.as_dict().items())]
 
 
-def start(job: Job, threads: int) -> subprocess.Popen:
-    """The training process of a job; its output goes to train.log in the run's folder."""
+def gpus_to_use(number: int) -> list[str]:
+    """The first GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them; [] for 0 (runs choose for themselves).
+    Raises DerkitError where there are fewer."""
+    from torch import cuda
+
+    if not number:
+        return []
+    if number < 0 or cuda.device_count() < number:
+        raise DerkitError(f"--gpus {number}: found {cuda.device_count()} GPUs. Leave it out for runs that choose their device.")
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (seen.split(",") if seen else [str(i) for i in range(cuda.device_count())])[:number]
+
+
+def start(job: Job, threads: int, gpu: str = "") -> subprocess.Popen:
+    """The training process of a job, on a GPU of its own if one is named; its output goes to train.log in the run's folder."""
     job.folder.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    own = dict(OMP_NUM_THREADS=str(threads) if threads else "", CUDA_VISIBLE_DEVICES=gpu)
+    environment = os.environ | {k: v for k, v in own.items() if v}
     with open(job.folder / "train.log", "a") as log:
         return subprocess.Popen([sys.executable, "-m", "derkit.training", *arguments(job)], stdout=log, stderr=subprocess.STDOUT,
                                 env=environment)
@@ -66,8 +79,9 @@ def note_divergence(job: Job) -> None:
         write_json(job.records / DIVERGED, dict(label=job.label, train=job.config.change(data_dir="").as_dict(), error=lines[-1]))
 
 
-def run(jobs: Sequence[Job], parallel: int = 1, threads: int = 0, known: Sequence[Job] = ()) -> int:
-    """Run jobs, ``parallel`` at a time; returns how many failed. A failed job does not stop the others.
+def run(jobs: Sequence[Job], parallel: int = 1, threads: int = 0, known: Sequence[Job] = (), gpus: Sequence[str] = ()) -> int:
+    """Run jobs, ``parallel`` at a time; returns how many failed. A failed job does not stop the others. With ``gpus`` a job
+    takes the one that has the fewest.
 
     A job whose lambda is still to be chosen waits for its sweep (``known``: all jobs of the manifest) and is left out, with
     a line, where that is not going to be run.
@@ -79,13 +93,15 @@ def run(jobs: Sequence[Job], parallel: int = 1, threads: int = 0, known: Sequenc
             if ready is None:
                 break
             job = resolve(waiting.pop(ready), known or jobs)
-            running[start(job, threads)] = job
-            print(f"started {job.slug}", flush=True)
+            taken = [gpu for _, gpu in running.values()]
+            gpu = min(gpus, key=taken.count, default="")
+            running[start(job, threads, gpu)] = job, gpu
+            print(f"started {job.slug}" + (f" on GPU {gpu}" if gpu else ""), flush=True)
         if waiting and not running:
             for job in waiting:
                 print(f"left out {job.slug}: its lambda is chosen from runs that have no records yet: {', '.join(job.sweep)}", flush=True)
             break
-        for process, job in list(running.items()):
+        for process, (job, _) in list(running.items()):
             if process.poll() is None:
                 continue
             del running[process]
@@ -109,64 +125,6 @@ def finished(jobs: Sequence[Job], evaluations: dict[str, int]) -> list[Job]:
             config = job.config.change(**{EVALUATIONS[k]: n for k, n in evaluations.items()})
             out.append(replace(job, config=config))
     return out
-
-
-# ----------------------------------------------------------------------------------------------------------- cost
-def cost_key(config: TrainConfig) -> str:
-    """Runs with the same key cost about the same per epoch: radius, seed, lambda and number of epochs do not matter."""
-    from derkit.regularizers import VARIANTS
-
-    attack = f"{config.method}-{config.steps}" if config.method in ("pgd", "trades", "weat") else config.method
-    points = f"({', '.join(VARIANTS[config.variant].points)})" if config.regularizer == "der" else ""
-    added = f" + {config.regularizer}{points}" if config.regularizer != "none" else ""
-    return f"{attack}{added}, {config.model} {config.width or ''} {config.dataset} {config.train_size or 'all'}".replace("  ", " ")
-
-
-def calibration_file(jobs: Sequence[Job]) -> Path:
-    return runs_folder() / jobs[0].suite / "calibration.json"
-
-
-def calibrate(jobs: Sequence[Job]) -> dict[str, float]:
-    """Seconds per epoch, its evaluation included, for every cost key: one epoch of each is run in a temporary folder.
-
-    The first one also pays for the start of the device. What is measured is kept for --dry-run.
-    """
-    from derkit.data import load_dataset
-    from derkit.device import choose_device
-    from derkit.training import train
-
-    costs: dict[str, float] = {}
-    data = {}
-    for config in {cost_key(j.config): j.config for j in reversed(jobs)}.values():
-        one = config.change(epochs=1, final_size=1, strong_size=0, pgd50_size=0, autoattack_size=0)
-        key = (one.dataset, one.data_dir, one.train_size, one.valid_size, one.device)
-        if key not in data:
-            data[key] = load_dataset(one.dataset, one.data_dir or None, choose_device(one.device), download=one.download,
-                                     train_size=one.train_size, valid_size=one.valid_size, image_size=one.image_size or None)
-        with tempfile.TemporaryDirectory() as folder:
-            began = time.perf_counter()
-            train(one, data[key], folder=Path(folder) / "run", verbose=False)
-            costs[cost_key(config)] = round(time.perf_counter() - began, 3)
-        print(f"{costs[cost_key(config)]:9.1f} s an epoch: {cost_key(config)}", flush=True)
-    write_json(calibration_file(jobs), costs)
-    return costs
-
-
-def plan(jobs: Sequence[Job], costs: dict[str, float]) -> list[str]:
-    """The runs as text, one a line, with hours where the cost of an epoch is known, and the totals of every group."""
-    lines, totals = [], {}
-    for job in jobs:
-        seconds = costs.get(cost_key(job.config))
-        hours = seconds * job.config.epochs / 3600 if seconds else None
-        weight = "lambda from its sweep, " if job.sweep else ""
-        lines.append(f"{job.group + ' ' if job.group else ''}{job.slug}: {job.config.method}, {job.config.regularizer}, {weight}"
-                     f"eps {job.config.eps:.4f}, {job.config.epochs} epochs" + (f", {hours:.2f} h" if hours is not None else ""))
-        count, known, total = totals.get(job.group, (0, 0, 0.0))
-        totals[job.group] = (count + 1, known + (hours is not None), total + (hours or 0))
-    for group, (count, known, total) in sorted(totals.items()):
-        cost = f", {total:.2f} h one at a time, final evaluation not counted" if known == count else ""
-        lines.append(f"group {group or '-'}: {count} runs{cost or ', cost unknown (--calibrate measures it)'}")
-    return lines
 
 
 # --------------------------------------------------------------------------------------------------- command line
@@ -203,10 +161,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", default=[], help="labels to run (repeatable); default: all")
     parser.add_argument("--group", action="append", default=[], help="groups to run (repeatable); B stands for B1, B2, ...")
     parser.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[], help="seeds to run, such as 0,1")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side on one device")
+    parser.add_argument("--jobs", type=int, default=0, help="runs side by side; default: 1, or one a GPU with --gpus")
+    parser.add_argument("--gpus", type=int, default=0, metavar="N", help="spread the runs over N GPUs; default: each run's own choice")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of each run; 0: torch's choice")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override in every run")
     parser.add_argument("--dry-run", action="store_true", help="print the runs (with their cost after --calibrate) and stop")
+    parser.add_argument("--rate", type=float, default=0.0, metavar="T", help="with --dry-run: count the operations of the runs, and the "
+                        "hours at T 10^12 operations a second (benchmarks/throughput.py prints what a device sustains)")
     parser.add_argument("--calibrate", action="store_true", help="run one epoch of each method, print the plan with its cost, and stop")
     parser.add_argument("--evaluate", action="append", default=[], metavar="NAME=IMAGES",
                         help="evaluate finished runs further, train nothing: autoattack=1000, pgd50=1000 (repeatable)")
@@ -219,20 +180,25 @@ def main(argv: list[str] | None = None) -> int:
         jobs = choose(known, options.only, options.group, options.seeds)
         if not jobs:
             raise DerkitError(f"no run has one of the seeds {options.seeds}.")
+        if options.rate < 0 or options.jobs < 0:
+            raise DerkitError(f"--rate and --jobs must not be negative, found {options.rate:g} and {options.jobs}.")
+        if options.dry_run:  # for another machine, perhaps
+            file = calibration_file(jobs)
+            costs = json.loads(file.read_text()) if file.is_file() else {}
+            print("\n".join(plan(jobs, costs, options.rate * 1e12, max(options.gpus, 1))))
+            return 0
+        gpus = gpus_to_use(options.gpus)
         if options.calibrate:
-            calibrate(jobs)
+            print("\n".join(plan(jobs, calibrate(jobs), devices=max(options.gpus, 1))))
+            return 0
     except DerkitError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if options.dry_run or options.calibrate:
-        file = calibration_file(jobs)
-        print("\n".join(plan(jobs, json.loads(file.read_text()) if file.is_file() else {})))
-        return 0
     if evaluations:
         jobs = finished(jobs, evaluations)
         print(f"{len(jobs)} finished runs to evaluate")
     try:
-        return 1 if run(jobs, options.jobs, options.threads, known) else 0
+        return 1 if run(jobs, options.jobs or len(gpus) or 1, options.threads, known, gpus) else 0
     except KeyboardInterrupt:  # the runs got it as well, and keep what they have
         return interrupted()
 

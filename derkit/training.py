@@ -44,19 +44,19 @@ from derkit.schedules import SCHEDULES
 from derkit.sync_bn import synced_batch_norm
 
 
+def model_options(config: TrainConfig) -> dict[str, Any]:
+    """The options of `build_model` that the config names."""
+    own = {"small_cnn": dict(bn=config.batch_norm), "wide_resnet": dict(depth=config.depth),
+           "preact_resnet18": dict(shortcut=config.shortcut, final_bn=config.final_bn)}
+    return own.get(config.model, {}) | ({"width": config.width} if config.width else {})
+
+
 def model_from_config(config: TrainConfig, dataset: Dataset) -> nn.Module:
     """The model that the config names, with the data set's normaliser inside, initialised from config.seed."""
-    options: dict[str, Any] = {"width": config.width} if config.width else {}
-    if config.model == "small_cnn":
-        options |= dict(bn=config.batch_norm)
-    if config.model == "preact_resnet18":
-        options |= dict(shortcut=config.shortcut, final_bn=config.final_bn)
-    if config.model == "wide_resnet":
-        options |= dict(depth=config.depth)
     stats = dict(mean=dataset.mean, std=dataset.std) if config.normalize else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return build_model(config.model, dataset.channels, len(dataset.classes), dataset.size, **stats, **options)
+        return build_model(config.model, dataset.channels, len(dataset.classes), dataset.size, **stats, **model_options(config))
 
 
 # ---------------------------------------------------------------------------------------------------------- a step

@@ -3,9 +3,9 @@
     pip install -e ".[peers,eval]" && pip install --no-deps torchattacks
     python scripts/compare_peers.py                         # writes figures/records/peers.json
 
-Two networks are trained by `derkit.train` on the bundled data, standard and by PGD. Every comparison is over the same images,
-the same model in float64 and, where a start is drawn, the same number of steps. torchattacks pins an old `requests`, which
-does not go with Jupyter: it is installed without its dependencies and left out where it is missing.
+Three networks are trained by `derkit.train` on the bundled data: standard, by PGD, and by FGSM with DER. Every comparison is
+over the same images, the same model in float64 and, where a start is drawn, the same number of steps. torchattacks pins an old
+`requests`, which does not go with Jupyter: it is installed without its dependencies and left out where it is missing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ PACKAGES = ("torchattacks", "foolbox", "pyautoattack", "torch-fidelity", "torchm
 OUT = Path(__file__).resolve().parents[1] / "figures" / "records" / "peers.json"
 SMALL = dict(width=6, train_size=2000, batch_size=32, epochs=6, eval_size=100, eval_steps=5, probe_size=16, final_size=100,
              final_steps=5, strong_size=0, probe_every=100, precision="fp64", device="cpu")  # fmt: skip
-MODELS = {"standard": dict(method="standard", eps=0.1), "pgd": dict(method="pgd", steps=5, eps=0.1)}
+MODELS = {"standard": dict(method="standard", eps=0.1), "pgd": dict(method="pgd", steps=5, eps=0.1),
+          "fgsm_der": dict(method="fgsm", regularizer="der", eps=0.1)}
 EPS, EPS_L2, STEPS = 0.1, 1.5, 10
 
 
@@ -221,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--images", type=int, default=1000, help="test images of the attacks")
-    parser.add_argument("--autoattack", type=int, default=100, help="test images of AutoAttack")
+    parser.add_argument("--autoattack", type=int, default=1000, help="test images of AutoAttack")
     options = parser.parse_args()
     torch.set_num_threads(1)
     dataset = load_dataset(train_size=SMALL["train_size"])

@@ -200,7 +200,7 @@ def test_hash_follows_results_only():
         if other is None:
             choices = [x for x in f.metadata["choices"] if x != value]
             other = choices[-1] if choices else (not value if isinstance(value, bool) else value + 1)
-        base = c.change(method="pgd")
+        base = c.change(method="n_fgsm" if f.name == "k" else "pgd")
         changed = base.change(**{f.name: other if f.name != "method" else "fgsm"})
         assert (changed.hash() != base.hash()) == f.metadata["identity"], f.name
 
@@ -228,3 +228,9 @@ def test_a_step_that_fgsm_would_ignore_is_refused():
     with pytest.raises(DerkitError, match="the step of fgsm is eps, found alpha 0.1"):
         TrainConfig.make("fashion_mini", method="fgsm", alpha=0.1)
     assert TrainConfig.make("fashion_mini", method="rs_fgsm", alpha=0.1).step_size == 0.1
+
+
+def test_noise_that_the_method_would_ignore_is_refused():
+    with pytest.raises(DerkitError, match="k is the noise of n_fgsm, found k 3 with method 'rs_fgsm'"):
+        TrainConfig.make("fashion_mini", method="rs_fgsm", k=3)
+    assert TrainConfig.make("fashion_mini", method="n_fgsm", k="1.5").k == 1.5

@@ -236,6 +236,14 @@ def test_two_processes_generate_the_bytes_of_one(checkpoint):
     assert len(load_samples(checkpoint / "two")) == 40
 
 
+def test_an_error_of_generating_processes_is_printed_once(checkpoint):
+    """A class that the data does not have, found by both when all is loaded."""
+    words = generate_words(checkpoint, checkpoint / "two", "--set", "classes=shoe")
+    status, out, errors = torchrun(*words, home=checkpoint, module=("-m", "derkit.generation"))
+    assert status != 0 and out == "" and errors.count("error: ") == 1 and "'shoe'" in errors
+    assert not (checkpoint / "two").exists()
+
+
 def test_parts_by_hand_and_another_number_of_them(checkpoint, capsys):
     """Part 2 of 3 alone, then all the rest by 1 of 2 and 2 of 2; the bytes do not know."""
     folder = checkpoint / "parts"

@@ -4,6 +4,7 @@
 
 DERKIT_CHROMIUM: path of the browser (default: chromium, chromium-browser or google-chrome on the PATH, else playwright's own).
 DERKIT_SCREENSHOTS: folder for a screenshot of each notebook at its last check (default: none).
+DERKIT_BROWSER_HOME: the DERKIT_HOME of the notebooks, where finished runs are loaded (default: empty, all is trained anew).
 """
 
 import os
@@ -47,13 +48,14 @@ def server(tmp_path):
     private = {k: str(tmp_path / k) for k in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR",
                                               "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")}
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    home = os.environ.get("DERKIT_BROWSER_HOME") or os.environ["DERKIT_HOME"]
     words = ["--no-browser", "--ip=127.0.0.1", f"--port={port}", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}",
              "--LabApp.expose_app_in_browser=True"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         words.append("--allow-root")
     with open(tmp_path / "server.log", "w") as log:
         process = subprocess.Popen([sys.executable, "-m", "jupyterlab", *words], stdout=log, stderr=subprocess.STDOUT, cwd=folder,
-                                   env=os.environ | private | dict(PYTHONPATH=path))
+                                   env=os.environ | private | dict(PYTHONPATH=path, DERKIT_HOME=home))
     address = f"http://127.0.0.1:{port}"
     try:
         end = time.monotonic() + 60

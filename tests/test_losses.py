@@ -89,8 +89,9 @@ def test_trades_with_beta_0_is_clean_training(step):
 
 @pytest.mark.parametrize("name", METHOD_NAMES)
 def test_attack_of_each_method(name, step, seeded):
-    """The config's eps, step size, steps, norm and BatchNorm mode reach the attack."""
-    s = step(name, eps=0.07, **({} if name == "fgsm" else dict(alpha=0.05)), steps=3, attack_bn="train")
+    """The config's eps, step size, noise, steps, norm and BatchNorm mode reach the attack."""
+    own = {"fgsm": {}, "n_fgsm": dict(alpha=0.05, k=3)}.get(name, dict(alpha=0.05))
+    s = step(name, eps=0.07, **own, steps=3, attack_bn="train")
     x_adv, start, start_logits = METHODS[name].attack(s)
     common = dict(bn_mode="train", generator=seeded())
     if name == "standard":
@@ -98,7 +99,7 @@ def test_attack_of_each_method(name, step, seeded):
     elif name == "fgsm":
         expected = attacks.fgsm(s.model, s.x, s.y, 0.07, **common)
     elif name in ("rs_fgsm", "n_fgsm"):
-        expected = attacks.ATTACKS[name](s.model, s.x, s.y, 0.07, alpha=0.05, **common)
+        expected = attacks.ATTACKS[name](s.model, s.x, s.y, 0.07, **own, **common)
     else:
         expected = attacks.pgd(
             s.model, s.x, s.y, 0.07, alpha=0.05, steps=3, loss="ce" if name == "pgd" else "kl", **common

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from derkit import cli, suite
+from derkit import cli, costs, suite
 from derkit import manifest as manifests
 from derkit.errors import DerkitError
 from derkit.manifest import load_manifest, resolve
@@ -146,7 +146,7 @@ def here(monkeypatch):
     """Jobs in this process: quick, and in order. tests/test_results.py starts real ones."""
 
     class Done:
-        def __init__(self, job, threads):
+        def __init__(self, job, threads, gpu=""):
             self.returncode = cli.main(suite.arguments(job))
 
         def poll(self):
@@ -161,9 +161,9 @@ def test_the_cifar10_commands_at_toy_size(here, capsys):
     labels = [f"fgsm + der ball eps 16/255 lambda {w}" for w in (2, 8, 32)] + ["fgsm + der ball eps 16/255"]
     chosen = suite.choose(jobs, labels, ["B"], [0])
     assert [j.label for j in chosen] == labels
-    costs = suite.calibrate(chosen)
-    assert len(costs) == 1 and min(costs.values()) > 0
-    text = "\n".join(suite.plan(chosen, costs))
+    measured = costs.calibrate(chosen)
+    assert len(measured) == 1 and min(measured.values()) > 0
+    text = "\n".join(costs.plan(chosen, measured))
     assert "group B2: 1 runs, 0.0" in text and "lambda from its sweep" in text
     assert suite.run(chosen[3:], known=jobs) == 0 and "left out fgsm_der_ball_eps_16_255-s0" in capsys.readouterr().out
     assert suite.run(chosen, parallel=2, threads=1, known=jobs) == 0

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from derkit.config import TrainConfig
+from derkit.costs import operations_per_image
 from derkit.losses import Step
 from derkit.models import build_model
 from derkit.training import train_step
@@ -80,12 +81,12 @@ def test_a_row_that_fails_is_reported_and_the_others_go_on(bench):
     assert rates["bad"] == "RuntimeError: out of memory" and rates["good"] > 0
 
 
-def test_operations_count_the_attack(bench):
+def test_operations_count_the_attack():
     """In units of a forward: 2 for a step of the attack (to the image only), 3 for training on a point, but for the first layer."""
-    split = bench.Split(torch.zeros(8, 3, 32, 32, dtype=torch.uint8), torch.zeros(8, dtype=torch.long))
+    x, y = torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.long)
 
     def count(**values):
-        return bench.operations(lambda: build_model("small_cnn", 3, 10, 32, width=4), split, TrainConfig.make("cifar10", **values))
+        return operations_per_image(lambda: build_model("small_cnn", 3, 10, 32, width=4), x, y, TrainConfig.make("cifar10", **values))
 
     fgsm, one, ten = count(method="fgsm"), count(method="pgd", steps=1), count(method="pgd", steps=10)
     assert one == fgsm and ten / one == pytest.approx(23 / 5, rel=0.05)

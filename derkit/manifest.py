@@ -19,23 +19,19 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from derkit.claims import Claim, known_keys, matching, read_claims
 from derkit.config import AUTO, TrainConfig, check_names
 from derkit.data_sources import home
-from derkit.errors import DerkitError, nearest, unknown
+from derkit.errors import DerkitError
 from derkit.records import Run, runs_folder
-from derkit.results import METRICS, records_folder
+from derkit.results import records_folder
 
 MANIFEST_KEYS = ("name", "about", "preset", "set", "seeds", "runs", "claims")
 RUN_KEYS = ("label", "group", "preset", "set", "seeds", "grid", "weight_from", "expect", "note")
-CLAIM_KEYS = ("text", "run", "metric", "epoch", "relation", "value", "than", "tolerance", "source", "note")
-RELATIONS = ("about", ">", ">=", "<", "<=")
-CLAIM_METRICS = (*METRICS, "collapsed", "gap")  # share of seeds that collapsed; PGD accuracy, best minus last epoch
 DIVERGED = "diverged.json"  # in the records of a run whose loss stopped being finite
-PUBLISHED_FOR = ("cifar10", "cifar100", "svhn")  # data that published values are of; bundled data has none
 
 
 @dataclass(frozen=True)
@@ -70,23 +66,6 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Claim:
-    """What the mean over seeds of a test metric of one run is expected to be: near a value, or beyond a value or other runs."""
-
-    text: str
-    run: str
-    metric: str
-    epoch: str = "last"
-    relation: str = "about"
-    value: float | None = None
-    than: tuple[str, ...] = ()
-    tolerance: float = 0.0
-    source: str = ""
-    note: str = ""
-    published: bool = False  # ``value`` was published by ``source``
-
-
-@dataclass(frozen=True)
 class Manifest:
     """A suite as it stands in its file."""
 
@@ -112,7 +91,7 @@ def load_manifest(path: str | os.PathLike, overrides: dict[str, Any] | None = No
     overrides = overrides or {}
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        _known("manifest", content, MANIFEST_KEYS)
+        known_keys("manifest", content, MANIFEST_KEYS)
         if not isinstance(content["name"], str) or not re.fullmatch(r"\w[\w.-]*", content["name"]):  # a folder's name
             raise DerkitError(f"{path}: name must be letters, digits, _, - and ., found {content['name']!r}.")
         runs = [expanded for run in content["runs"] for expanded in _expand(run)]
@@ -124,8 +103,7 @@ def load_manifest(path: str | os.PathLike, overrides: dict[str, Any] | None = No
         jobs = [_job(content, run, i, seed, overrides) for i, run, seed, _ in sorted(rows, key=lambda row: (row[3], row[0]))]
         jobs = [_with_sweep(job, runs[job.order], jobs) for job in jobs]
         plain = {run["label"]: _job(content, run, 0, 0, {}).config for run in runs}  # published values are of these settings
-        claims = [_claim(c | {"run": _owner(c, run)}, labels, plain[_owner(c, run)]) for run in _owners(runs) for c in run["expect"]]
-        claims += [_claim(c | {"run": name}, labels) for c in content.get("claims", []) for name in _matching(c["run"], labels)]
+        claims = read_claims(content.get("claims", []), runs, plain)
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise DerkitError(f"{path} is not a suite manifest: {error!r}.") from error
     if any(job.changed for job in jobs):
@@ -138,15 +116,9 @@ def _slug(label: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
 
 
-def _known(kind: str, found: dict[str, Any], allowed: Iterable[str]) -> None:
-    for key in found:
-        if key not in allowed:
-            raise unknown(f"key of a {kind}", key, allowed)
-
-
 def _expand(run: dict[str, Any]) -> list[dict[str, Any]]:
     """One run per combination of the grid's values, which go into 'set' and, in braces, into label and weight_from."""
-    _known("run", run, RUN_KEYS)
+    known_keys("run", run, RUN_KEYS)
     grid = run.get("grid", {})
     check_names(grid)
     out = []
@@ -173,10 +145,10 @@ def _with_sweep(job: Job, run: dict[str, Any], jobs: list[Job]) -> Job:
     if "weight_from" not in run:
         return job
     labels = [j.label for j in jobs if j.label != job.label]
-    matching = set(_matching(run["weight_from"], labels))
+    sweep = set(matching(run["weight_from"], labels))
     first: dict[str, str] = {}
     for j in jobs:
-        if j.label in matching:
+        if j.label in sweep:
             first.setdefault(j.label, j.slug)
     return replace(job, sweep=tuple(first.values()))
 
@@ -208,63 +180,3 @@ def diverged(job: Job, folder: Path) -> bool:
     """Does the records folder say that the loss of this very job stopped being finite?"""
     file = folder / DIVERGED
     return file.is_file() and job.is_of(json.loads(file.read_text(encoding="utf-8"))["train"])
-
-
-# -------------------------------------------------------------------------------------------------------- claims
-def _matching(pattern: str, labels: Iterable[str]) -> list[str]:
-    found = [label for label in labels if label == pattern] or [label for label in labels if fnmatchcase(label, pattern)]
-    if not found:
-        raise DerkitError(f"no run is labelled {pattern!r}.{nearest(pattern, labels)} Labels: {', '.join(dict.fromkeys(labels))}.")
-    return list(dict.fromkeys(found))
-
-
-def _owners(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The runs that carry expectations; those of a grid stand once, for the first of its combinations."""
-    seen: dict[str, dict[str, Any]] = {}
-    for run in runs:
-        if run.get("expect"):
-            owner = seen.setdefault(run["template"], run | dict(members=[]))
-            owner["members"].append(run["label"])
-    return list(seen.values())
-
-
-def _owner(claim: dict[str, Any], run: dict[str, Any]) -> str:
-    if "run" not in claim and len(run["members"]) > 1:
-        raise DerkitError(f"an expectation of the grid {run['template']!r} needs 'run', one of: {', '.join(run['members'])}.")
-    return _matching(claim.get("run", run["members"][0]), run["members"])[0]
-
-
-def _claim(found: dict[str, Any], labels: list[str], config: TrainConfig | None = None) -> Claim:
-    """A checked claim; with a config, a published value of that run."""
-    _known("claim", found, CLAIM_KEYS)
-    metric, epoch = found["metric"], found.get("epoch", "last")
-    if metric not in CLAIM_METRICS:
-        raise unknown("metric", metric, CLAIM_METRICS)
-    if epoch not in ("last", "best"):
-        raise unknown("epoch", epoch, ("last", "best"))
-    relation, than = found.get("relation", "about"), found.get("than", [])
-    than = (than,) if isinstance(than, str) else tuple(than)
-    if relation not in RELATIONS:
-        raise unknown("relation", relation, RELATIONS)
-    value, tolerance = found.get("value"), found.get("tolerance", 0.0)
-    where = f"the claim on {metric} of {found['run']!r}"
-    if (value is None) == (not than):
-        raise DerkitError(f"{where} needs either 'value' or 'than', found {'neither' if value is None else 'both'}.")
-    numbers = [v for v in (value, tolerance) if v is not None]
-    if any(isinstance(v, bool) or not isinstance(v, int | float) for v in numbers) or tolerance < 0:
-        raise DerkitError(f"{where}: value and tolerance are numbers (shares, not per cent), found {value!r} and {tolerance!r}.")
-    if value is not None and metric not in ("dE", "gap") and not 0 <= value <= 1:
-        raise DerkitError(f"{where}: {metric} is a share in [0, 1], found {value!r}.")
-    if relation == "about" and (than or not tolerance):
-        raise DerkitError(f"{where}: relation 'about' needs a value and a tolerance; else use one of: {', '.join(RELATIONS[1:])}.")
-    for other in than:
-        if ": " not in other:
-            _matching(other, labels)
-    if config is not None:
-        if config.dataset not in PUBLISHED_FOR:
-            raise DerkitError(f"{where}: published values are of {', '.join(PUBLISHED_FOR)}, not of {config.dataset}; use 'claims'.")
-        if not found.get("source") or value is None:
-            raise DerkitError(f"{where}: an expectation needs the published 'value' and its 'source'.")
-    text = found.get("text") or f"{found['run']}: {metric}, {epoch} epoch"
-    return Claim(text, found["run"], metric, epoch, relation, value, than, tolerance, found.get("source", ""), found.get("note", ""),
-                 config is not None)

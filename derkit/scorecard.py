@@ -20,10 +20,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from derkit.claims import Claim
 from derkit.config import TrainConfig
 from derkit.diagnosis import co_onset
 from derkit.errors import DerkitError, pick
-from derkit.manifest import Claim, Job, Manifest, diverged, load_manifest
+from derkit.manifest import Job, Manifest, diverged, load_manifest
 from derkit.records import Run
 from derkit.results import records_folder
 

@@ -100,6 +100,24 @@ def test_dry_run_of_the_paper_scale_suite(capsys):
     assert suite.main([*words, "--rate", "-1"]) == 2 and "must not be negative" in capsys.readouterr().err
 
 
+def test_the_table_of_the_readme_is_the_plan():
+    """Group, runs, operations, and hours on this CPU, one GPU and eight."""
+    readme = (records_folder().parents[1] / "README.md").read_text()
+    table = readme[readme.index("| group | runs | operations, 10^15 |"):].split("\n\n")[0].splitlines()
+    record = json.loads((records_folder().parents[1] / "benchmarks" / "throughput-cpu.json").read_text())
+    shares = [r["share_of_peak"] for r in record["results"] if r["model"] == "preact_resnet18" and "bf16" in r["row"]]
+    assert "(0.38, measured)" in table[0]
+    assert min(shares) * record["matmul_operations_per_s"]["bf16"] / 1e12 == pytest.approx(0.38, abs=0.005), "the slowest method's"
+    rows = {cells[1]: cells[2:7] for line in table[2:] if (cells := [c.strip().removesuffix(" h") for c in line.split("|")])}
+    lines = [line.split(", ") for line in costs.plan(read_manifest(CIFAR), {}, 100e12, 8) if line.startswith(("group ", "all: "))]
+    plan = {parts[0].split(":")[0].removeprefix("group "): parts for parts in lines}
+    assert set(rows) == set(plan) == {"A", "B1", "B2", "C", "all"}
+    for group, (runs, operations, slow, one, eight) in rows.items():
+        found = [f"{runs} runs", f"{operations} P operations", f"{one} h one at a time", f"{eight} h on 8 devices"]
+        assert found == [plan[group][0].split(": ")[1], *plan[group][1:4]], group
+        assert float(slow) == pytest.approx(float(operations) * 1e15 / 0.38e12 / 3600, rel=0.003), group
+
+
 # ------------------------------------------------------------------------------------------------------------- GPUs
 def test_gpus_are_those_that_the_process_sees(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)

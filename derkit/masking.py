@@ -145,7 +145,8 @@ def gradient_masking(model: nn.Module, data: Split | tuple[Tensor, Tensor], eps:
     at which the model is said to be robust. steps: numbers of PGD steps, rising from 1. restarts: of the strongest of them.
     noise: random points per image. source: another model for the data, for the transfer check. tolerance: how much
     accuracy (share of images) a comparison may differ by chance. The bounds of the 'suspicious' checks were set between
-    ordinary networks and networks collapsed by FGSM training on the bundled data. The model is left as it was.
+    ordinary networks and networks collapsed by FGSM training on the bundled data; figures/records/*/masking.json holds what
+    they say of finished runs. The model is left as it was.
     Raises DerkitError for bad input, eps 0 and steps that do not rise from 1.
     """
     attacks.check_eps(eps, norm)

@@ -91,14 +91,26 @@ def test_table_by_eps():
     assert len(by_eps(groups, "aa")) == 0
 
 
-def test_the_fresh_comparison_has_the_strengths_that_validation_chose():
-    """fashion_mnist_short runs every method at the strength with the highest PGD accuracy on validation images in tune_fashion_mini."""
+def best_on_validation(*suites):
+    """{method: config} with the highest PGD accuracy on validation images in the last epoch, of tuning suites."""
     best = {}
-    for job in SUITES["tune_fashion_mini"].jobs:
-        value = load_records("tune_fashion_mini")[job.label][0].epochs["valid_pgd"].iloc[-1]
-        name = job.label.rsplit(", ", 1)[0]
-        best[name] = max(best.get(name, (-1, None)), (value, job.config), key=lambda pair: pair[0])
-    chosen = {j.label: j.config for j in SUITES["fashion_mnist_short"].jobs}
-    assert set(best) == set(chosen) - {"fgsm"}
-    for name, (_, config) in best.items():
-        assert (chosen[name].weight, chosen[name].alpha) == (config.weight, config.alpha), name
+    for suite in suites:
+        for job in SUITES[suite].jobs:
+            value = load_records(suite)[job.label][0].epochs["valid_pgd"].iloc[-1]
+            name = "n_fgsm + der ball" if "n_fgsm" in job.label and "der" in job.label else job.label.split(", ")[0]
+            name = job.label.rsplit(", ", 1)[0] if job.config.method == "fgsm" else name
+            best[name] = max(best.get(name, (-1, None)), (value, job.config), key=lambda pair: pair[0])
+    return {name: (c.weight, c.alpha, c.k) for name, (_, c) in best.items()}
+
+
+def test_the_fresh_comparison_has_the_strengths_that_validation_chose():
+    """fashion_mnist_short runs every method at the strength with the highest PGD accuracy on validation images in tune_fashion_mini;
+    N-FGSM with tuned noise is the best of all its settings there and in tune_n_fgsm_fashion_mini."""
+    chosen = {j.label: (j.config.weight, j.config.alpha, j.config.k) for j in SUITES["fashion_mnist_short"].jobs}
+    later = {"n_fgsm, tuned noise": "n_fgsm", "n_fgsm, tuned noise + der ball": "n_fgsm + der ball"}
+    best = best_on_validation("tune_fashion_mini")
+    assert set(best) == set(chosen) - {"fgsm", *later}
+    assert {name: chosen[name] for name in best} == best
+    best = best_on_validation("tune_fashion_mini", "tune_n_fgsm_fashion_mini")
+    assert {name: chosen[name] for name in later} == {name: best[found] for name, found in later.items()}
+    assert len(load_records("tune_n_fgsm_fashion_mini")) + 3 - 2 == 15, "settings of N-FGSM alone, as README says"

@@ -1,5 +1,6 @@
 """Gradient masking: masked models are flagged, each by the check made for it; ordinary ones are not."""
 
+import json
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 import derkit
 from derkit.errors import DerkitError
 from derkit.masking import VERDICTS, gradient_masking
+from derkit.results import records_folder
 
 QUICK = dict(images=40, steps=(1, 5, 20), restarts=1, noise=10)
 
@@ -180,3 +182,16 @@ def test_bad_input(options, message, trained, mini):
         gradient_masking(trained, (mini.test.floats(0, 4) * 255, mini.test.labels[:4]), 0.1)
     with pytest.raises(DerkitError, match="at least one image"):
         gradient_masking(trained, (mini.test.floats(0, 0), mini.test.labels[:0]), 0.1)
+
+
+def test_verdicts_on_the_finished_runs():
+    """What README says of figures/records/*/masking.json: every collapsed run is flagged, few of the others are."""
+    rows = [row for path in sorted(records_folder().glob("*/masking.json")) for row in json.loads(path.read_text())["rows"]]
+    for row in rows:  # of the checks as they are now: their names, and what a failed one proves
+        assert row["reasons"] == [name for name, c in row["checks"].items() if c["found"] > c["bound"] + 1e-9]
+    collapsed, healthy = ([r for r in rows if r["collapsed"] is flag] for flag in (True, False))
+    assert len(collapsed) == 6 and all(r["reasons"] == ["one step is blind", "the loss is not locally linear"] for r in collapsed)
+    flagged = [r for r in healthy if r["verdict"] != "no sign"]
+    assert len(healthy) == 37 and [(r["label"], r["reasons"]) for r in flagged] == [
+        ("fgsm + elle", ["one step is blind"]), ("fgsm + der", ["one step is blind"])]
+    assert {r["verdict"] for r in rows} == {"no sign", "suspicious"}

@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(options: argparse.Namespace):
-    """(model, dataset) of the command line."""
+    """(model, dataset, extractor or None) of the command line: what the metrics will lack is said before the work."""
     from derkit.checkpoint import load_checkpoint, load_model
     from derkit.data import load_dataset
     from derkit.device import choose_device
@@ -50,7 +50,15 @@ def _load(options: argparse.Namespace):
                  image_size=trained.image_size or None)
     dataset = load_dataset(options.dataset or trained.dataset, options.data_dir or trained.data_dir or None, device,
                            download=trained.download, progress=progress, **sizes)
-    return load_model(options.checkpoint, classes=len(dataset.classes), device=device), dataset
+    model = load_model(options.checkpoint, classes=len(dataset.classes), device=device)
+    return model, dataset, _extractor(options, dataset) if options.measure or options.inception else None
+
+
+def _extractor(options: argparse.Namespace, dataset):
+    from derkit.extractor import extractor_for
+    from derkit.inception import inception
+
+    return inception(options.inception, required=True) if options.inception else extractor_for(dataset)
 
 
 def _part(text: str | None) -> tuple[int, int]:
@@ -73,17 +81,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config, part = GenerateConfig.make(**parse_sets(options.set)), _part(options.part)
         with distributed.processes():
-            model, dataset = distributed.in_turn(partial(_load, options))
+            model, dataset, extractor = distributed.in_turn(partial(_load, options))
             folder = Path(options.folder) if options.folder else _default_folder(config, model, dataset)
             # a process that fails tells the others when they are done: their shards are kept, and one error is printed
             samples = distributed.everywhere(partial(_generate, model, dataset, config, folder, options.fresh, part))
-        if len(samples) < config.n:  # another part ends last, and reports
-            return 0
-        print(f"samples: {folder}")
-        numbers = {k: v for k, v in samples.record.items() if isinstance(v, int | float) and k != "seed"}
-        print(json.dumps(numbers, indent=1))
-        if options.measure or options.inception:
-            _measure(samples, dataset, options.inception)
+            if distributed.world() > 1:  # all parts are done by now, and process 0 reports
+                samples = _all(folder) if distributed.rank() == 0 else None
+            if samples is not None and len(samples) == config.n:  # else another part, started by hand, ends last
+                _report(samples, dataset, extractor, folder)
     except DerkitError as error:
         distributed.report(error)
         return 2
@@ -105,11 +110,17 @@ def _generate(model, dataset, config: GenerateConfig, folder: Path, fresh: bool,
     return generate(model, dataset, config=config, folder=folder, fresh=fresh, part=part)
 
 
-def _measure(samples, dataset, inception_path: str | None) -> None:
-    from derkit.extractor import extractor_for
-    from derkit.inception import inception
+def _all(folder: Path):
+    from derkit.samples import load_samples
+
+    return load_samples(folder)
+
+
+def _report(samples, dataset, extractor, folder: Path) -> None:
+    """Where the samples are, their statistics and, if asked for, the metrics table."""
     from derkit.metrics import metrics_table
 
-    extractor = inception(inception_path, required=True) if inception_path else extractor_for(dataset)
-    table = metrics_table({"samples": samples}, dataset, extractor)
-    print(table.overall.round(3).to_string())
+    print(f"samples: {folder}")
+    print(json.dumps({k: v for k, v in samples.record.items() if isinstance(v, int | float) and k != "seed"}, indent=1))
+    if extractor:
+        print(metrics_table({"samples": samples}, dataset, extractor).overall.round(3).to_string())

@@ -224,16 +224,21 @@ def checkpoint(net, tmp_path):
 
 def test_two_processes_generate_the_bytes_of_one(checkpoint):
     """Under torchrun: four shards by two processes, one manifest, one summary, printed once."""
-    status, out, errors = torchrun(*generate_words(checkpoint, checkpoint / "two"), home=checkpoint, module=("-m", "derkit.generation"))
+    folder = checkpoint / "two"
+    words = generate_words(checkpoint, folder, "--measure")
+    status, out, errors = torchrun(*words, home=checkpoint, module=("-m", "derkit.generation"))
     assert status == 0, errors
+    assert out.count("pairwise L2") == 1, "the metrics table as well"
     assert gen_cli.main(generate_words(checkpoint, checkpoint / "one")) == 0
     assert len(shards(checkpoint / "one")) == 4 and shards(checkpoint / "two") == shards(checkpoint / "one")
     one, two = (json.loads((checkpoint / n / "summary.json").read_text()) for n in ("one", "two"))
-    assert one | dict(seconds_per_1000=0) == two | dict(seconds_per_1000=0) and out.count("samples: ") == 1
+    assert one | dict(seconds_per_1000=0) == two | dict(seconds_per_1000=0) and out.count(f"samples: {folder}") == 1, out
     assert (checkpoint / "one" / "manifest.json").read_bytes() == (checkpoint / "two" / "manifest.json").read_bytes()
     lines = [(checkpoint / "two" / f"timing_{i}.jsonl").read_text().splitlines() for i in (1, 2)]
     assert [[json.loads(line)["shard"] for line in part] for part in lines] == [[0, 2], [1, 3]]
     assert len(load_samples(checkpoint / "two")) == 40
+    status, again, errors = torchrun(*words, home=checkpoint, module=("-m", "derkit.generation"))
+    assert status == 0 and again.count(f"samples: {folder}") == 1 and again.split("samples: ")[1] == out.split("samples: ")[1], again
 
 
 def test_an_error_of_generating_processes_is_printed_once(checkpoint):
@@ -262,6 +267,7 @@ def test_parts_by_hand_and_another_number_of_them(checkpoint, capsys):
 
 
 @pytest.mark.parametrize("words, message", [
+    (["--inception", "/nowhere.pth"], "not found at /nowhere.pth"),
     (["--part", "3/2"], "found 3/2"),
     (["--part", "one"], "--part is I/N such as 1/4, found 'one'"),
     (["--part", "1/5"], "Use at most 4 parts, or a shard_size of at most 8"),

@@ -347,6 +347,15 @@ def sets(pairs):
     return [word for pair in pairs for word in ("--set", pair)]
 
 
+@pytest.fixture
+def terminal():
+    """SIGINT as in a terminal, also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("terminal")
 def test_ctrl_c_in_a_shell(tmp_path):
     """SIGINT to a real process: one line, status 130, and the same command goes on."""
     folder = tmp_path / "run"
@@ -362,6 +371,7 @@ def test_ctrl_c_in_a_shell(tmp_path):
     assert load_checkpoint(folder / "last.pt")["epoch"] >= 1 and not (folder / "final.json").exists()
 
 
+@pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize("where", ["train_step", "epoch_evaluation", "append_line", "save_checkpoint", "final_evaluation"])
 def test_ctrl_c_leaves_a_resumable_run(where, tmp_path, capsys, monkeypatch):
     """At the third call of each part of a run: the same record as without it."""
@@ -384,6 +394,7 @@ def test_ctrl_c_leaves_a_resumable_run(where, tmp_path, capsys, monkeypatch):
     assert record(tmp_path / "run") == record(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("terminal")
 def test_ctrl_c_in_a_generation(trained, tmp_path, capsys, monkeypatch):
     from derkit import generation
 

@@ -3,7 +3,7 @@
     python -m derkit.suite figures/suites/co_fashion_mini.json --jobs 2      # leaves the checkpoints under $DERKIT_HOME
     python scripts/masking_trials.py figures/suites/co_fashion_mini.json     # writes figures/records/co_fashion_mini/masking.json
 
-A run counts as collapsed by its record (best and last epoch of PGD accuracy); the checks see the network after the last epoch
+A run counts as collapsed where `derkit.diagnosis.co_onset` finds it in the record; the checks see the network after the last epoch
 and the first test images, nothing of the record.
 """
 

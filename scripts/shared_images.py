@@ -15,7 +15,7 @@ from derkit.data import Split
 from derkit.records import write_json
 
 
-def hashes(split: Split) -> list[bytes]:
+def contents(split: Split) -> list[bytes]:
     """The bytes of every image."""
     return [image.tobytes() for image in split.images.cpu().numpy()]
 
@@ -28,10 +28,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     known, fresh = load_dataset(options.known), load_dataset(options.fresh)
-    test = hashes(fresh.test)[: options.size or None]
+    test = contents(fresh.test)[: options.size or None]
     shared = {}
     for name in ("train", "valid", "test"):
-        there = set(hashes(getattr(known, name)))
+        there = set(contents(getattr(known, name)))
         shared[name] = sum(image in there for image in test)
     record = dict(known=known.name, known_sha256=known.sha256, fresh=fresh.name, fresh_sha256=fresh.sha256, test_images=len(test),
                   shared_with=shared, share=round(sum(shared.values()) / len(test), 4))

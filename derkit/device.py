@@ -39,6 +39,22 @@ def choose_precision(config: TrainConfig, device: torch.device) -> tuple[str, st
     return "fp32", "the GPU has no fast half precision"
 
 
+def images_format(model: torch.nn.Module) -> torch.memory_format:
+    """The memory format of a model's images and weights: channels_last where it is safe and pays.
+
+    On a CPU a pointwise convolution with stride and fewer than 8 input channels corrupts the heap in its float32
+    backward pass (AVX2; torch 2.6 to 2.14), and convolutions of fewer than 8 filters gain nothing: such a network
+    stays contiguous there.
+    """
+    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    on_gpu = any(p.is_cuda for p in model.parameters())
+    for conv in convolutions if not on_gpu else []:
+        strided_pointwise = conv.kernel_size == (1, 1) and conv.stride != (1, 1)
+        if conv.out_channels < 8 or (strided_pointwise and conv.in_channels < 8):
+            return torch.contiguous_format
+    return torch.channels_last if convolutions else torch.contiguous_format
+
+
 def autocast(device: torch.device, precision: str):
     if precision in ("bf16", "fp16"):
         return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)

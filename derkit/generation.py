@@ -44,7 +44,8 @@ def generate(model: nn.Module, dataset: Dataset, n: int | None = None, *, config
     _check_part(part, job.config, folder, fresh)
     if folder is None:
         began = time.perf_counter()
-        samples = _range(job, 0, job.config.n, "sampling")
+        n, size = job.config.n, job.config.shard_size  # the same batches as in a folder, and so the same bytes
+        samples = concatenate([_range(job, a, min(n, a + size), "sampling") for a in range(0, n, size)], {})
         seconds = time.perf_counter() - began
         samples.record = manifest(job) | samples.statistics() | dict(seconds_per_1000=1000 * seconds / len(samples))
         return samples

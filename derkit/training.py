@@ -24,7 +24,7 @@ from derkit import alarms, distributed, energy, losses, regularizers
 from derkit.checkpoint import load_checkpoint, load_model, save_checkpoint
 from derkit.config import TrainConfig
 from derkit.data import Dataset, load_dataset
-from derkit.device import autocast, choose_device, choose_precision
+from derkit.device import autocast, choose_device, choose_precision, images_format
 from derkit.errors import DerkitError, pick
 from derkit.evaluation import make_generator
 from derkit.models import build_model
@@ -128,7 +128,7 @@ class _State:
 def _new_state(config: TrainConfig, model: nn.Module, device: torch.device, precision: str) -> _State:
     model.to(device, torch.float64 if precision == "fp64" else torch.float32)
     if config.channels_last:
-        model.to(memory_format=torch.channels_last)
+        model.to(memory_format=images_format(model))
     distributed.spread(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
                                 nesterov=False, fused=True if device.type == "cuda" else None)
@@ -149,13 +149,13 @@ def _train_epoch(state: _State, forward: nn.Module, dataset: Dataset, config: Tr
         return autocast(device, precision)
 
     attack_context = nullcontext if precision == "fp16" else context
+    memory = images_format(state.model) if config.channels_last else torch.contiguous_format
     state.model.train()
     batches = dataset.train.batches(config.batch_size, generator, config.augment, dtype)
     for i, batch in enumerate(progress(batches, desc=f"epoch {state.epoch + 1}/{config.epochs}", total=per_epoch)):
         x, y, draws = distributed.share(*batch, generator)
         weight = distributed.weight(draws)
-        if config.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=memory)
         at = (state.epoch + i / per_epoch) / config.epochs
         rate = config.lr * SCHEDULES[config.schedule](at + 0.5 / per_epoch / config.epochs, config.peak)
         for group in state.optimizer.param_groups:

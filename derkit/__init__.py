@@ -1,44 +1,37 @@
 """derkit: energies of classifiers, adversarial training with DER, its diagnosis, and generation.
 
 A kit for "Understanding Adversarial Training with Energy-based Models" (arXiv 2505.22486).
-Names are imported on first use, so ``import derkit`` is quick and ``python -m derkit.training`` runs cleanly.
 """
 
-from __future__ import annotations
+from derkit.attacks import fgsm, n_fgsm, pgd, rs_fgsm
+from derkit.checkpoint import load_checkpoint, load_model, save_checkpoint
+from derkit.config import GenerateConfig, TrainConfig, parse_eps
+from derkit.data import Dataset, Split, load_dataset
+from derkit.diagnosis.evaluation import autoattack, robust_accuracy, strong_accuracy
+from derkit.diagnosis.masking import gradient_masking
+from derkit.diagnosis.overfitting import co_onset, robust_overfitting
+from derkit.energy import (
+    abnormal_mask,
+    delta_energy,
+    joint_energy,
+    marginal_energy,
+    trades_decomposition,
+)
+from derkit.generation.extractor import extractor_for
+from derkit.generation.generate import Samples, generate, load_samples, prepare
+from derkit.generation.metrics import metrics_table
+from derkit.models import Normalize, build_model
+from derkit.records import Run, load_runs
+from derkit.training import der
+from derkit.training.loop import train
+from derkit.util import DerkitError
 
-from importlib import import_module
-from typing import Any
-
-__version__ = "0.1.0"
-
-_WHERE = {
-    "config": ("TrainConfig", "parse_eps"),
-    "data": ("Dataset", "Split", "load_dataset"),
-    "models": ("build_model", "Normalize"),
-    "energy": ("marginal_energy", "joint_energy", "delta_energy", "abnormal_mask", "trades_decomposition"),
-    "attacks": ("fgsm", "rs_fgsm", "n_fgsm", "pgd"),
-    "checkpoint": ("save_checkpoint", "load_checkpoint", "load_model"),
-    "evaluation": ("robust_accuracy", "strong_accuracy", "autoattack"),
-    "masking": ("gradient_masking",),
-    "training": ("train",),
-    "records": ("Run", "load_runs"),
-    "generation": ("generate",),
-    "gen_config": ("GenerateConfig",),
-    "samples": ("Samples", "load_samples"),
-    "jobs": ("prepare",),
-    "metrics": ("metrics_table",),
-    "extractor": ("extractor_for",),
-    "errors": ("DerkitError",),
-}
-_HOME = {name: module for module, names in _WHERE.items() for name in names}
-__all__ = [*_HOME]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"derkit.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'derkit' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__version__ = "0.2.0"
+__all__ = [
+    "Dataset", "DerkitError", "GenerateConfig", "Normalize", "Run", "Samples", "Split",
+    "TrainConfig", "abnormal_mask", "autoattack", "build_model", "co_onset", "delta_energy", "der",
+    "extractor_for", "fgsm", "generate", "gradient_masking", "joint_energy", "load_checkpoint",
+    "load_dataset", "load_model", "load_runs", "load_samples", "marginal_energy", "metrics_table",
+    "n_fgsm", "parse_eps", "pgd", "prepare", "robust_accuracy", "robust_overfitting", "rs_fgsm",
+    "save_checkpoint", "strong_accuracy", "train", "trades_decomposition",
+]

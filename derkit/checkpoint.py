@@ -1,25 +1,26 @@
-"""Checkpoints that describe themselves: state dict, model spec, config, hash. Written atomically, loaded without pickle code."""
-
-from __future__ import annotations
+"""Checkpoints that describe themselves (safetensors with JSON beside the weights), resume states.
+Nothing is unpickled, every write is atomic."""
 
 import hashlib
 import io
+import json
 import os
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
-from torch import nn
+from safetensors.torch import save
+from torch import Tensor, nn
 
-from derkit.errors import CheckpointError
 from derkit.models import build_model, describe, same_network
-from derkit.records import atomic_write
+from derkit.util import CheckpointError, atomic_write
 
-FORMAT = "derkit-1"
+FORMAT = "derkit-2"
 
 
-def state_hash(state: dict[str, torch.Tensor]) -> str:
-    """sha256 over names, shapes and bytes of a state dict."""
+def state_hash(state: dict[str, Tensor]) -> str:
+    """sha256 over names, types, shapes and bytes of a state dict."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -28,72 +29,82 @@ def state_hash(state: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save_checkpoint(path: str | os.PathLike, model: nn.Module, config: dict[str, Any] | None = None, **extra: Any) -> None:
-    """Write a model's checkpoint atomically. ``extra`` must be tensors and plain values (epoch, optimiser state, ...).
-
-    A model not built by `build_model` is stored as 'custom': loading it needs the module.
-    """
-    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+def save_checkpoint(path: str | os.PathLike, model: nn.Module,
+                    config: dict[str, Any] | None = None, **info: Any) -> None:
+    """Write a model's weights, its spec, the config of its training and ``info`` (plain values).
+    A model not built by `build_model` is stored as 'custom': loading it needs the module."""
+    state = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
     spec = getattr(model, "spec", None) or {"name": "custom"}
+    tables = {"spec": spec, "config": config or {}, "info": info}
+    metadata = {name: json.dumps(table) for name, table in tables.items()}
+    metadata |= dict(format=FORMAT, variant=describe(spec), sha256=state_hash(state))
+    atomic_write(Path(path), save(state, metadata))
+
+
+def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """The checkpoint as a dict: spec, variant, config, state, sha256 and what `info` held.
+    Raises CheckpointError for a missing, truncated, foreign or forged file."""
+    if not Path(path).is_file():
+        raise CheckpointError(f"checkpoint {path} does not exist.")
+    try:
+        with safetensors.safe_open(path, "pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path} is truncated or not a checkpoint ({error}).") from error
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a derkit checkpoint (format {FORMAT!r}).")
+    try:
+        tables = {name: dict(json.loads(metadata[name])) for name in ("spec", "config", "info")}
+        variant = describe(tables["spec"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is a forged or broken checkpoint ({error!r}).") from error
+    if state_hash(state) != metadata.get("sha256"):
+        raise CheckpointError(f"{path}: the weights do not match the recorded sha256.")
+    info = tables.pop("info")
+    return info | tables | dict(variant=variant, state=state, sha256=metadata["sha256"])
+
+
+def load_model(path: str | os.PathLike, *, classes: int | None = None,
+               model: nn.Module | None = None, device: str | torch.device = "cpu",
+               variant: str | None = None) -> nn.Module:
+    """The model of a checkpoint, in eval mode and in the precision of its weights.
+
+    classes: if given, the number that the data has. variant: if given, the one that the caller
+    needs (`models.describe`), or CheckpointError. model: the module to fill, for custom ones."""
+    content = load_checkpoint(path)
+    spec, found, given = content["spec"], content["variant"], getattr(model, "spec", None)
+    if classes is not None and spec.get("classes", classes) != classes:
+        raise CheckpointError(f"{path} has {spec['classes']} classes, the data has {classes}.")
+    if variant not in (None, found):
+        raise CheckpointError(f"{path} holds {found}, but {variant} was asked for.")
+    if spec["name"] == "custom" and model is None:
+        raise CheckpointError(f"{path} holds a custom module: pass model=YourModule().")
+    floats = [t.dtype for t in content["state"].values() if t.is_floating_point()]
+    try:
+        if model is None:
+            model = build_model(**spec)
+        elif given and spec["name"] != "custom" and not same_network(given, spec):
+            raise CheckpointError(f"it is {describe(given)}.")
+        model.to(floats[0] if floats else torch.float32).load_state_dict(content["state"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # a forged spec, too
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} ({found}) does not fit the model: {reason}") from error
+    return model.to(device).eval()
+
+
+def save_state(path: str | os.PathLike, state: dict[str, Any]) -> None:
+    """Write what a run needs to go on: tensors and plain values, in dicts and lists."""
     buffer = io.BytesIO()
-    torch.save(dict(format=FORMAT, spec=spec, variant=describe(spec), config=config or {}, state=state,
-                    sha256=state_hash(state), **extra), buffer)
+    torch.save(state, buffer)
     atomic_write(Path(path), buffer.getvalue())
 
 
-def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """The checkpoint as a dict, after checking format and hash.
-
-    Raises CheckpointError for a missing, truncated or foreign file, or one that holds anything but data.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist.")
+def load_state(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """What `save_state` wrote. Raises CheckpointError for a missing, truncated or hostile file."""
+    if not Path(path).is_file():
+        raise CheckpointError(f"state {path} does not exist.")
     try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
+        return {**torch.load(path, map_location=device, weights_only=True)}
     except Exception as error:  # torch raises many kinds for a truncated or hostile file
-        text = str(error)
-        if "Weights only load failed" in text or "Unsupported" in text or "weights_only" in text:
-            raise CheckpointError(f"{path} holds Python objects, not only tensors and plain values: not loaded.") from error
-        raise CheckpointError(f"{path} is truncated or not a checkpoint ({type(error).__name__}).") from error
-    needed = {"spec", "variant", "state", "sha256"}
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not needed <= set(content):
-        raise CheckpointError(f"{path} is not a derkit checkpoint (format {FORMAT!r}).")
-    tables = isinstance(content["spec"], dict) and isinstance(content["state"], dict) and "name" in content["spec"]
-    if not tables or not all(isinstance(v, torch.Tensor) for v in content["state"].values()):
-        raise CheckpointError(f"{path} is not a derkit checkpoint: its spec or state is not what the format says.")
-    if state_hash(content["state"]) != content["sha256"]:
-        raise CheckpointError(f"{path}: the weights do not match the recorded sha256.")
-    return content
-
-
-def load_model(path: str | os.PathLike, *, classes: int | None = None, model: nn.Module | None = None,
-               device: str | torch.device = "cpu", variant: str | None = None) -> nn.Module:
-    """The model of a checkpoint, in eval mode.
-
-    classes: if given, the number that the data has. variant: if given, the variant that the caller needs
-    (`derkit.models.describe`). model: the module to fill, needed for checkpoints of a custom module.
-    Raises CheckpointError where the checkpoint is of another variant or number of classes.
-    """
-    content = load_checkpoint(path)
-    spec = content["spec"]
-    if classes is not None and spec.get("classes", classes) != classes:
-        raise CheckpointError(f"{path} has {spec['classes']} classes, the data has {classes}.")
-    if variant is not None and content["variant"] != variant:
-        raise CheckpointError(f"{path} holds {content['variant']}, but {variant} was asked for.")
-    if model is None:
-        if spec["name"] == "custom":
-            raise CheckpointError(f"{path} holds a custom module: pass model=YourModule().")
-        try:
-            model = build_model(**spec)
-        except (TypeError, ValueError, RuntimeError) as error:  # a forged spec; DerkitError is a ValueError
-            raise CheckpointError(f"{path} names a network that cannot be built: {error}") from error
-    found = getattr(model, "spec", None)
-    if found and spec["name"] != "custom" and not same_network(found, spec):
-        raise CheckpointError(f"{path} ({content['variant']}) does not fit the model, which is {describe(found)}.")
-    dtype = next((t.dtype for t in content["state"].values() if t.is_floating_point()), torch.float32)
-    try:
-        model.to(dtype).load_state_dict(content["state"])
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} ({content['variant']}) does not fit the model: {error}") from error
-    return model.to(device).eval()
+        raise CheckpointError(f"{path} is truncated or holds more than data.") from error

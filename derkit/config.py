@@ -1,264 +1,324 @@
-"""The configuration of a run: typed, validated, one help text per field, with the published values beside ours."""
+"""The configurations of training and generation: typed, checked, one help text per field.
 
-from __future__ import annotations
+Values may be text, as of shells ('8/255', 'true', '1e3'). Every bad value is one DerkitError.
+"""
 
 import hashlib
 import json
-import math
-from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any
+import warnings
+from collections import namedtuple
+from contextlib import suppress
+from typing import Annotated, Any, Literal, Self, get_args
 
-from derkit.errors import DerkitError, nearest, unknown
-from derkit.presets import DEFAULT_PRESET, PRESETS
+import pydantic
+from pydantic import BeforeValidator, Field
 
-AUTO = "auto"
+from derkit.util import AUTO, DerkitError, pick, unknown
+
+ASIDE = "does not change results"  # marks fields that `Config.hash` leaves out
+RETIRED = {"penalty": "abs", "sync_bn": False}  # fields of older records, and what stayed
 
 
 def parse_eps(value: Any, name: str = "eps") -> float:
-    """A radius in pixel units of [0, 1]: 0.03, '0.03' and '8/255' are accepted; 8, -0.1 and 'abc' are errors."""
+    """A radius in pixel units of [0, 1] from 0.03, '0.03' or '8/255'; DerkitError for others."""
     try:
-        if isinstance(value, bool):
-            raise ValueError
-        if isinstance(value, str) and "/" in value:
-            top, bottom = value.split("/")
-            number = float(top) / float(bottom)
-        else:
-            number = float(value)
-    except (ValueError, TypeError, ZeroDivisionError):
-        raise DerkitError(f"{name} must be a number in [0, 1] or a fraction such as 8/255, found {value!r}.") from None
-    if not (math.isfinite(number) and 0 <= number <= 1):
+        top, bottom = str(value).split("/") if "/" in str(value) else (str(value), 1)
+        number = float(top) / float(bottom)
+    except (ValueError, ZeroDivisionError):
+        need = "a number in [0, 1] or a fraction such as 8/255"
+        raise DerkitError(f"{name} must be {need}, found {value!r}.") from None
+    if not 0 <= number <= 1:  # NaN is not, either
         hint = f" Did you mean {number:g}/255?" if 1 < number <= 255 else ""
         raise DerkitError(f"{name} is in pixel units of [0, 1], found {value!r}.{hint}")
     return number
 
 
-def _bool(value: Any, name: str) -> bool:
-    text = str(value).lower()
-    if text in ("true", "1", "yes"):
-        return True
-    if text in ("false", "0", "no"):
-        return False
-    raise DerkitError(f"{name} must be true or false, found {value!r}.")
+Radius = Annotated[float, BeforeValidator(lambda value, info: parse_eps(value, info.field_name))]
+Count, Positive = Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]
+Amount, Share = Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0, le=1)]
+Decay, Kept = Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(gt=0, le=1)]
+Auto = Literal["auto"]
+Augment = Literal["none", "flip", "crop", "crop_flip", "crop_reflect_flip"]
+Model = Literal["small_cnn", "preact_resnet18", "wide_resnet", "custom"]
+Method = Literal["standard", "fgsm", "rs_fgsm", "n_fgsm", "pgd", "trades", "weat"]
+Regularizer = Literal["none", "der", "gradalign", "elle"]
+Variant = Literal["norm", "marginal", "segment", "ball", "linear"]
+Schedule = Literal["piecewise", "triangular", "cosine", "onecycle", "constant"]
+Init = Literal["uniform", "class_gaussian", "pca_published", "pca", "local_pca", "noisy_images"]
+Precision = Literal["auto", "fp32", "fp64", "bf16", "fp16"]
+Stop, Rule = Literal["fixed", "mean_band", "quantile"], Literal["normalised", "plain"]
+METHOD_NAMES, REGULARIZER_NAMES, VARIANT_NAMES = map(get_args, (Method, Regularizer, Variant))
 
 
-def _int(value: Any, name: str) -> int:
-    try:
-        number = float(value)
-        if isinstance(value, bool) or number != int(number):
-            raise ValueError
-        return int(number)
-    except (ValueError, TypeError, OverflowError):
-        raise DerkitError(f"{name} must be a whole number, found {value!r}.") from None
+def option(default: Any, help: str) -> Any:
+    """A field with its default and help."""
+    return Field(default, description=help)
 
 
-def _float(value: Any, name: str) -> float:
-    try:
-        if isinstance(value, bool) or not math.isfinite(float(value)):
-            raise ValueError
-        return float(value)
-    except (ValueError, TypeError):
-        raise DerkitError(f"{name} must be a number, found {value!r}.") from None
+class Config(pydantic.BaseModel):
+    """Frozen, checked values; the base of `TrainConfig` and `GenerateConfig`."""
 
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-def _opt(default, help: str, *, paper: str = "", choices: tuple[str, ...] = (), low: float | None = None,
-         eps: bool = False, identity: bool = True, auto: str = ""):
-    """One field: help text, published value, allowed names, lowest value; ``identity=False``: does not change results.
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except pydantic.ValidationError as error:
+            raise self._explain(error.errors()[0]) from None
 
-    ``auto``: the type behind a field whose default is 'auto' (chosen from the data set, method or machine).
-    """
-    return field(default=default, metadata=dict(help=help, paper=paper, choices=choices, low=low, eps=eps,
-                                                identity=identity, auto=auto))
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise DerkitError(f"a config cannot be changed in place: use config.change({name}=...).")
 
-
-METHOD_NAMES = ("standard", "fgsm", "rs_fgsm", "n_fgsm", "pgd", "trades", "weat")
-REGULARIZER_NAMES = ("none", "der", "gradalign", "elle")
-VARIANT_NAMES = ("marginal", "joint", "both", "abnormal", "hinge", "segment", "linear", "linear_both",
-                 "segment_joint", "segment_ce", "ball")
-SCHEDULE_NAMES = ("piecewise", "triangular", "cosine", "onecycle", "constant")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that a training run depends on. ``TrainConfig.make(preset, **overrides)`` is the usual way in."""
-
-    # data
-    dataset: str = _opt("fashion_mini", "fashion_mini, fashion_mnist, cifar10, cifar100, svhn or imagefolder:<path>")
-    data_dir: str = _opt("", "folder to look for the data in (and download to); empty: $DERKIT_DATA, usual places", identity=False)
-    download: bool = _opt(True, "allow the download when the data is nowhere to be found", identity=False)
-    train_size: int = _opt(0, "training images, class-balanced; 0 = all", paper="all", low=0)
-    valid_size: int = _opt(1000, "images held out of the training set to choose the best epoch", paper="1000 (Rice)", low=1)
-    image_size: int = _opt(0, "square size of imagefolder images; 0 = 32", low=0)
-    augment: str = _opt("none", "batched augmentation on the device", paper="crop_flip (CIFAR), none (SVHN)",
-                        choices=("none", "flip", "crop", "crop_flip", "crop_reflect_flip"))
-    # model
-    model: str = _opt("small_cnn", "small_cnn, preact_resnet18 or wide_resnet", paper="preact_resnet18",
-                      choices=("small_cnn", "preact_resnet18", "wide_resnet", "custom"))
-    width: int = _opt(0, "channels of the first block (wide_resnet: widening factor); 0 = 16, 64 or 10", low=0)
-    batch_norm: bool = _opt(True, "small_cnn: BatchNorm after every convolution")
-    depth: int = _opt(28, "wide_resnet: 6n + 4", paper="28 or 34", low=10)
-    shortcut: str = _opt("bn", "preact_resnet18: shortcut from x or from BN-ReLU(x)", paper="bn (Rice), x (Wong)", choices=("x", "bn"))
-    final_bn: bool = _opt(True, "preact_resnet18: BN-ReLU before the head", paper="True (Rice, Wong), False (GradAlign)")
-    normalize: bool = _opt(True, "normaliser (inside the model) with the data set's mean and std", paper="False (GradAlign, WEAT)")
-    # method
-    method: str = _opt("rs_fgsm", "how adversarial examples are made and weighed in training", choices=METHOD_NAMES)
-    eps: float = _opt(0.2, "radius in pixel units, e.g. 8/255", paper="8/255", eps=True)
-    alpha: str | float = _opt(AUTO, "attack step; auto: 1.25 eps (rs_fgsm), eps (n_fgsm), eps/4 (others)", paper="2/255 (PGD-10)", auto="eps")
-    k: float = _opt(2.0, "n_fgsm: radius of its noise in units of eps", paper="2; 3 (SVHN, 12/255), 4 (WRN, 16/255)", low=0)
-    steps: int = _opt(10, "attack steps of pgd, trades and weat", paper="10", low=1)
-    norm: str = _opt("linf", "ball of the attack of pgd, trades and weat, and of the evaluation", choices=("linf", "l2"))
-    attack_bn: str = _opt(AUTO, "BatchNorm during the training attack; auto: eval for trades and weat, else train", choices=("train", "eval", AUTO))
-    beta: float = _opt(6.0, "weight of the KL term of trades and weat", paper="6", low=0)
-    # regulariser
-    regularizer: str = _opt("none", "added to the method's loss", choices=REGULARIZER_NAMES)
-    variant: str = _opt("segment", "DER: which energies are smoothed, and where", choices=VARIANT_NAMES)
-    penalty: str = _opt("abs", "DER: what is averaged of the differences", choices=("abs", "square", "huber"))
-    weight: str | float = _opt(AUTO, "lambda; auto: 8 (der), 0.02*10^(eps*255/8) up to 2 (gradalign), 50 (elle)", auto="float")
-    warmup: float = _opt(0.15, "share of training over which lambda rises linearly from 0 (der, elle)", low=0)
-    # optimisation
-    epochs: int = _opt(30, "epochs", paper="30 (N-FGSM), 200 (Rice), 100 (WEAT)", low=1)
-    batch_size: int = _opt(128, "batch size, over all processes", paper="128", low=1)
-    sync_bn: bool = _opt(False, "several processes: BatchNorm over the whole batch, else over each one's share; running statistics are averaged every epoch")
-    lr: float = _opt(0.1, "peak learning rate", paper="0.1 (Rice), 0.2 (Wong, N-FGSM), 0.3 (GradAlign)", low=0)
-    schedule: str = _opt("onecycle", "learning-rate schedule, set per step", paper="piecewise (Rice), triangular (Wong)", choices=SCHEDULE_NAMES)
-    peak: float = _opt(0.25, "share of training at which triangular and onecycle peak", paper="0.5 (Wong), 0.4 (GradAlign)", low=0)
-    momentum: float = _opt(0.9, "SGD momentum", paper="0.9", low=0)
-    weight_decay: float = _opt(5e-4, "SGD weight decay", paper="5e-4", low=0)
-    clip: float = _opt(0.0, "largest gradient norm; 0 = no clipping", low=0)
-    ema: float = _opt(0.0, "decay of an exponential moving average of the weights, evaluated instead of them; 0 = off", low=0)
-    # evaluation
-    eval_steps: int = _opt(10, "PGD steps of the evaluation after every epoch", paper="10", low=1)
-    eval_size: int = _opt(256, "validation images of the evaluation after every epoch", low=1)
-    probe_size: int = _opt(128, "fixed training images on which energies are followed", paper="256 (GradAlign)", low=1)
-    probe_every: int = _opt(1, "epochs between measurements of gradient cosine and E_lin", low=1)
-    final_size: int = _opt(1000, "test images of the final evaluation; 0 = all", paper="10000", low=0)
-    final_steps: int = _opt(20, "PGD steps of the final evaluation", paper="20 or 50", low=1)
-    strong_size: int = _opt(200, "test images of the strong evaluation (worst case over CE and margin PGD); 0 = none", low=0)
-    pgd50_size: int = _opt(0, "test images of the final PGD-50-10 (50 steps of eps/4, 10 restarts); 0 = none", paper="10000", low=0, identity=False)
-    autoattack_size: int = _opt(0, "test images of the final AutoAttack (extra: eval); 0 = none", paper="10000", low=0, identity=False)
-    stop_on_co: bool = _opt(False, "stop when the catastrophic-overfitting alarm goes off")
-    # run
-    seed: int = _opt(0, "seed of everything random", low=0)
-    device: str = _opt(AUTO, "auto, cpu, cuda, cuda:1, mps", identity=False)
-    precision: str = _opt(AUTO, "auto: bf16 (or fp32) on a GPU, fp32 on a CPU; bf16 pays on CPUs with AVX-512 bf16 or AMX, too", choices=(AUTO, "fp32", "fp64", "bf16", "fp16"))
-    channels_last: bool = _opt(True, "memory format of images and weights", identity=False)
-    compile: bool = _opt(False, "torch.compile the model (not with gradalign: no double backward)", identity=False)
-    save_every: int = _opt(1, "epochs between checkpoints of the last state", low=1, identity=False)
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            object.__setattr__(self, f.name, _coerce(f, getattr(self, f.name)))
-        self._check()
-
-    def _check(self) -> None:
-        if self.momentum >= 1 or self.ema >= 1:
-            raise DerkitError("momentum and ema must be below 1.")
-        if not 0 <= self.warmup <= 1 or not 0 <= self.peak <= 1:
-            raise DerkitError("warmup and peak are shares of training, in [0, 1].")
-        if self.regularizer == "gradalign" and self.compile:
-            raise DerkitError("gradalign needs double backward, which torch.compile does not support: set compile=false.")
-        if self.sync_bn and self.compile:
-            raise DerkitError("sync_bn talks to other processes inside the model, which is not compiled: set compile=false.")
-        if self.regularizer == "gradalign" and self.precision in ("bf16", "fp16"):
-            raise DerkitError("gradalign is trained in fp32 or fp64: its input gradients are too small for half precision.")
-        if self.norm != "linf" and self.method not in ("pgd", "trades", "weat"):
-            raise DerkitError(f"norm {self.norm!r} is for the methods pgd, trades and weat, found {self.method!r}.")
-        if self.method == "fgsm" and self.alpha != AUTO and self.alpha != self.eps:
-            raise DerkitError(f"the step of fgsm is eps, found alpha {self.alpha:g}. For another step use method=rs_fgsm or n_fgsm.")
-        if self.method != "n_fgsm" and self.k != 2:
-            raise DerkitError(f"k is the noise of n_fgsm, found k {self.k:g} with method {self.method!r}.")
-        if self.method == "standard" and self.regularizer != "none":
-            raise DerkitError(f"regularizer {self.regularizer!r} needs adversarial examples; method 'standard' makes none.")
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def _read_text(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        """'1e3' as a whole number, paths as text, and no truth value where a number belongs."""
+        kind = cls.model_fields[info.field_name].annotation
+        if kind is str:
+            return "" if value is None else str(value)
+        if kind is int and isinstance(value, str) and "e" in value.lower():
+            with suppress(ValueError):
+                return float(value)
+        return str(value) if isinstance(value, bool) and kind is not bool else value
 
     @classmethod
-    def make(cls, preset: str | None = None, **overrides) -> TrainConfig:
-        """Preset values, then overrides. Without a preset, the data set chooses it: cifar10 -> the paper-scale preset.
+    def _explain(cls, error: Any) -> DerkitError:
+        """pydantic's error as ours: the field, what was found, what is allowed."""
+        kind, found = error["type"], error["input"]
+        if kind == "value_error":  # raised by a check of ours
+            return error["ctx"]["error"]
+        name = str(error["loc"][0])
+        if kind == "extra_forbidden":
+            return unknown("parameter", name, cls.model_fields)
+        allowed = get_args(cls.model_fields[name].annotation)
+        if kind == "literal_error":
+            return unknown(name, found, allowed)
+        need, auto = error["msg"].removeprefix("Input should be "), " or 'auto'" * (Auto in allowed)
+        return DerkitError(f"{name} must be {need.partition(',')[0]}{auto}, found {found!r}.")
 
-        Values may be text ('8/255', 'true', '1e-3'). Raises DerkitError for unknown names, with the nearest valid one.
-        """
-        check_names(overrides)
-        if preset is None:
-            preset = DEFAULT_PRESET.get(str(overrides.get("dataset", "fashion_mini")).split(":")[0], "fashion_mini")
-        if preset not in PRESETS:
-            raise unknown("preset", preset, PRESETS)
-        return cls(**(PRESETS[preset].values | overrides))
+    @classmethod
+    def make(cls, **overrides: Any) -> Self:
+        """A config from values or text. Raises DerkitError, with the nearest valid name."""
+        return cls(**overrides)
 
-    def change(self, **overrides) -> TrainConfig:
-        """A copy with some fields changed (checked like ``make``)."""
-        check_names(overrides)
-        return replace(self, **overrides)
+    @classmethod
+    def read(cls, record: dict[str, Any]) -> Self:
+        """The config in a record; other values of retired fields are ignored, with a warning."""
+        if not isinstance(record, dict):
+            raise DerkitError(f"a config is a table of values, found a {type(record).__name__}.")
+        kept = {name: value for name, value in record.items() if name not in RETIRED}
+        other = [name for name, value in RETIRED.items() if record.get(name, value) != value]
+        if other:
+            warnings.warn(f"retired fields are ignored: {', '.join(other)}.", stacklevel=2)
+        return cls(**kept)
 
-    # derived values: what 'auto' stands for
+    def change(self, **overrides: Any) -> Self:
+        """A copy with some fields changed, checked like `make`."""
+        return type(self)(**(self.as_dict() | overrides))
+
+    as_dict = pydantic.BaseModel.model_dump  # a plain dict that JSON can hold
+
+    def hash(self, *more: str) -> str:
+        """Eight hex digits over every field that changes results, and ``more`` (model, data)."""
+        aside = {name for name, field in type(self).model_fields.items() if ASIDE in field.metadata}
+        text = json.dumps(self.model_dump(exclude=aside), sort_keys=True) + "".join(more)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+class TrainConfig(Config):
+    """Everything that a training run depends on; `TrainConfig.make` is the usual way in."""
+
+    dataset: str = option("fashion_mini", "a data set of `data.SPECS`, or imagefolder:<path>")
+    data_dir: Annotated[str, ASIDE] = option("", "folder of the data; empty: usual places")
+    download: Annotated[bool, ASIDE] = option(True, "allow the download of data not found")
+    train_size: Count = option(0, "training images, class-balanced; 0 = all (published: all)")
+    valid_size: Positive = option(1000, "images held out to choose the best epoch (Rice: 1000)")
+    image_size: Count = option(0, "square size of imagefolder images; 0 = 32")
+    augment: Augment = option("none", "on the device (published: crop_flip; SVHN: none)")
+    model: Model = option("small_cnn", "network (published: preact_resnet18)")
+    width: Count = option(0, "first block's channels, wide_resnet: factor; 0 = 16, 64 or 10")
+    batch_norm: bool = option(True, "small_cnn: BatchNorm after every convolution")
+    depth: Annotated[int, Field(ge=10)] = option(28, "wide_resnet: 6n + 4 (published: 28 or 34)")
+    shortcut: Literal["x", "bn"] = option("bn", "preact_resnet18: x (Wong), BN-ReLU(x) (Rice)")
+    final_bn: bool = option(True, "preact_resnet18: BN-ReLU before the head (GradAlign: false)")
+    normalize: bool = option(True, "normaliser inside the model (GradAlign, WEAT: false)")
+    method: Method = option("rs_fgsm", "how adversarial examples are made and weighed")
+    eps: Radius = option(0.2, "radius in pixel units (published: 8/255)")
+    alpha: Radius | Auto = option(AUTO, "step; auto: eps, 1.25 eps (rs_fgsm), eps/4 (pgd)")
+    k: Amount = option(2.0, "n_fgsm: noise in units of eps (published: 2; SVHN 3, WRN 4)")
+    steps: Positive = option(10, "attack steps of pgd, trades and weat (published: 10)")
+    norm: Literal["linf", "l2"] = option("linf", "ball of pgd, trades, weat and the evaluation")
+    attack_bn: Literal["auto", "train", "eval"] = option(AUTO, "auto: eval for trades and weat")
+    beta: Amount = option(6.0, "weight of the KL term of trades and weat (published: 6)")
+    regularizer: Regularizer = option("none", "added to the method's loss")
+    variant: Variant = option("segment", "DER: which energies are smoothed, and where")
+    mask: Literal["auto", "abnormal", "all"] = option(AUTO, "DER; auto: abnormal for norm only")
+    gamma: Amount = option(0.0, "DER norm: the distance that costs nothing (published: 0 or 0.2)")
+    weight: Amount | Auto = option(AUTO, "lambda; auto: 8 (der), 50 (elle), gradalign's own")
+    start: Share = option(0.0, "share of training from which the regulariser acts")
+    warmup: Share = option(0.15, "share after it in which lambda rises from 0 (der, elle)")
+    epochs: Positive = option(30, "epochs (N-FGSM: 30, WEAT: 100, Rice: 200)")
+    batch_size: Positive = option(128, "images a step, over all processes (published: 128)")
+    lr: Amount = option(0.1, "peak learning rate (Rice: 0.1, Wong: 0.2, GradAlign: 0.3)")
+    schedule: Schedule = option("onecycle", "of the learning rate (Rice: piecewise)")
+    peak: Share = option(0.25, "share at which onecycle and triangular peak (Wong: 0.5)")
+    momentum: Decay = option(0.9, "of SGD (published: 0.9)")
+    weight_decay: Amount = option(5e-4, "of SGD (published: 5e-4)")
+    clip: Amount = option(0.0, "largest gradient norm; 0 = no clipping")
+    ema: Decay = option(0.0, "decay of a moving average of the weights, evaluated; 0 = off")
+    eval_steps: Positive = option(10, "PGD steps after every epoch (published: 10)")
+    eval_size: Positive = option(256, "validation images after every epoch")
+    probe_size: Positive = option(128, "training images to follow energies on (GradAlign: 256)")
+    probe_every: Positive = option(1, "epochs between gradient cosine and E_lin")
+    final_size: Count = option(1000, "test images at the end; 0 = all (published: 10000)")
+    final_steps: Positive = option(20, "PGD steps at the end (published: 20 or 50)")
+    strong_size: Count = option(200, "test images of the strong evaluation; 0 = none")
+    pgd50_size: Annotated[Count, ASIDE] = option(0, "test images of PGD-50-10; 0 = none")
+    autoattack_size: Annotated[Count, ASIDE] = option(0, "test images of AutoAttack; 0 = none")
+    stop_on_co: bool = option(False, "stop at the catastrophic-overfitting alarm")
+    seed: Count = option(0, "seed of everything random")
+    device: Annotated[str, ASIDE] = option(AUTO, "auto, cpu, cuda, cuda:1, mps")
+    precision: Precision = option(AUTO, "auto: bf16 where a GPU has it, else fp32")
+    channels_last: Annotated[bool, ASIDE] = option(True, "memory format of images and weights")
+    compile: Annotated[bool, ASIDE] = option(False, "torch.compile the model (not: gradalign)")
+    save_every: Annotated[Positive, ASIDE] = option(1, "epochs between states to go on from")
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Self:
+        bad, method = "", self.method
+        if self.regularizer == "gradalign" and (self.compile or self.precision in ("bf16", "fp16")):
+            bad = "gradalign needs a double backward: set compile=false, precision fp32 or fp64."
+        if self.norm != "linf" and method not in ("pgd", "trades", "weat"):
+            bad = f"norm {self.norm!r} is for the methods pgd, trades and weat, found {method!r}."
+        if method == "fgsm" and self.alpha not in (AUTO, self.eps):
+            bad = f"the step of fgsm is eps, found alpha {self.alpha:g}: use rs_fgsm or n_fgsm."
+        if method != "n_fgsm" and self.k != 2:
+            bad = f"k is the noise of n_fgsm, found k {self.k:g} with method {method!r}."
+        if method == "standard" and self.regularizer != "none":
+            bad = f"{self.regularizer} needs adversarial examples; method 'standard' makes none."
+        if bad:
+            raise DerkitError(bad)
+        return self
+
+    @classmethod
+    def make(cls, preset: str | None = None, **overrides: Any) -> Self:
+        """Preset values, then overrides. Without a preset, the data set chooses it."""
+        dataset = str(overrides.get("dataset", "")).split(":")[0]
+        preset = preset or DEFAULT_PRESET.get(dataset, "fashion_mini")
+        return cls(**(pick("preset", preset, PRESETS).values | overrides))
+
     @property
     def step_size(self) -> float:
         """alpha of the training attack, with 'auto' resolved."""
-        if self.alpha != AUTO:
-            return self.alpha
-        return self.eps * {"rs_fgsm": 1.25, "n_fgsm": 1.0, "fgsm": 1.0}.get(self.method, 0.25)
+        scale = {"rs_fgsm": 1.25, "n_fgsm": 1.0, "fgsm": 1.0}.get(self.method, 0.25)
+        return self.eps * scale if self.alpha == AUTO else self.alpha
 
     @property
     def bn_mode(self) -> str:
         """BatchNorm mode of the training attack, with 'auto' resolved."""
-        if self.attack_bn != AUTO:
-            return self.attack_bn
-        return "eval" if self.method in ("trades", "weat") else "train"
+        auto = "eval" if self.method in ("trades", "weat") else "train"
+        return auto if self.attack_bn == AUTO else self.attack_bn
 
     @property
     def strength(self) -> float:
-        """lambda of the regulariser, with 'auto' resolved. GradAlign: 0.02 * 10^(eps*255/8), at most its value at 16/255."""
-        if self.weight != AUTO:
-            return self.weight
-        return {"none": 0.0, "der": 8.0, "elle": 50.0, "gradalign": min(0.02 * 10 ** (self.eps * 255 / 8), 2.0)}[self.regularizer]
+        """lambda of the regulariser, with 'auto' resolved (GradAlign: arXiv 2007.02617)."""
+        align = min(0.02 * 10 ** (self.eps * 255 / 8), 2.0)
+        auto = {"none": 0.0, "der": 8.0, "elle": 50.0, "gradalign": align}[self.regularizer]
+        return auto if self.weight == AUTO else self.weight
 
-    def as_dict(self) -> dict[str, Any]:
-        """A plain dict that JSON can hold and ``TrainConfig(**d)`` reads back."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    def hash(self, data_sha256: str = "") -> str:
-        """Eight hex digits over every field that changes results, and the data's hash."""
-        same = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["identity"]}
-        text = json.dumps(same, sort_keys=True) + data_sha256
-        return hashlib.sha256(text.encode()).hexdigest()[:8]
+    @property
+    def masked(self) -> bool:
+        """Does DER act on abnormal examples only?"""
+        return self.mask == "abnormal" or (self.mask == AUTO and self.variant == "norm")
 
 
-def _coerce(f, value: Any) -> Any:
-    """One value to the field's type and range; text is read as the command line and papermill give it."""
-    meta, name = f.metadata, f.name
-    if meta["auto"] and value == AUTO:
-        return AUTO
-    if meta["eps"] or meta["auto"] == "eps":
-        value = parse_eps(value, name)
-    elif f.type == "bool":
-        value = _bool(value, name)
-    elif f.type == "int":
-        value = _int(value, name)
-    elif f.type == "float" or meta["auto"] == "float":
-        value = _float(value, name)
-    else:
-        value = str(value) if value is not None else ""
-    if meta["choices"] and value not in meta["choices"]:
-        raise unknown(name, value, meta["choices"])
-    low = 0 if meta["auto"] == "float" else meta["low"]
-    if low is not None and value < low:
-        raise DerkitError(f"{name} must be at least {low}, found {value}.")
-    return value
+Preset = namedtuple("Preset", "about values")  # where values for `TrainConfig.make` come from
+_MINI = dict(width=8, precision="fp64", train_size=3000)
+_CO = _MINI | dict(method="fgsm", eps=0.22, epochs=24, eval_size=100, probe_size=64, final_size=500)
+_RO = _CO | dict(method="pgd", steps=4, eps=0.07, attack_bn="eval", epochs=45, lr=0.05, width=16,
+                 train_size=250, batch_size=32, weight_decay=0, eval_size=128, eval_steps=5,
+                 probe_size=50)
+_CIFAR = dict(dataset="cifar10", augment="crop_flip", model="preact_resnet18", eps="8/255",
+              eval_size=1000, probe_size=256, final_size=0, strong_size=1000, pgd50_size=1000,
+              autoattack_size=1000)
+_FAST = _CIFAR | dict(lr=0.2, schedule="triangular", peak=0.5, shortcut="x")
+_ALIGN = _FAST | dict(method="fgsm", regularizer="gradalign", lr=0.3, peak=0.4, precision="fp32",
+                      final_bn=False, normalize=False)
+_RICE = _CIFAR | dict(method="pgd", epochs=200, schedule="piecewise", augment="crop_reflect_flip")
+_SVHN = _RICE | dict(dataset="svhn", lr=0.01, alpha="1/255", augment="none")
+_TRADES = _CIFAR | dict(method="trades", epochs=100, normalize=False)
+
+PRESETS = {
+    "fashion_mini": Preset("bundled data, small net, float64: same digits on every CPU", _MINI),
+    "fashion_co": Preset("bundled data, FGSM where it collapses: catastrophic overfitting", _CO),
+    "fashion_ro": Preset("bundled data, PGD on few images: robust overfitting", _RO),
+    "fashion_mnist": Preset("full data", dict(dataset="fashion_mnist", width=16, epochs=15)),
+    "cifar10": Preset("PreActResNet-18, 30 epochs, LR 0.2 (Wong et al. 2020, N-FGSM 2022)", _FAST),
+    "wong2020": Preset("RS-FGSM, 15 epochs (arXiv 2001.03994)", _FAST | dict(epochs=15)),
+    "nfgsm2022": Preset("N-FGSM, k 2, alpha eps (arXiv 2202.01181)", _FAST | {"method": "n_fgsm"}),
+    "gradalign2020": Preset("FGSM + GradAlign, no normaliser (arXiv 2007.02617)", _ALIGN),
+    "rice2020": Preset("PGD-10, 200 epochs, LR / 10 at 50 % and 75 % (arXiv 2002.11569)", _RICE),
+    "trades2019": Preset("TRADES, beta 6, 100 epochs (recipe of arXiv 2407.06315)", _TRADES),
+    "weat2024": Preset("TRADES weighed by energy (arXiv 2407.06315)", _TRADES | {"method": "weat"}),
+    "cifar100": Preset("the cifar10 recipe on CIFAR-100", _FAST | {"dataset": "cifar100"}),
+    "rice2020_svhn": Preset("PGD-10 on SVHN, LR 0.01, alpha 1/255, no augmentation", _SVHN),
+    "imagefolder": Preset("your images", dict(width=16, augment="flip", eps="8/255")),
+}
+DEFAULT_PRESET = {name: name for name in ("cifar10", "cifar100", "fashion_mnist", "imagefolder")}
+DEFAULT_PRESET |= dict(svhn="rice2020_svhn")
 
 
-def check_names(overrides: dict[str, Any]) -> None:
-    """Raise DerkitError for a name that is not a field, with the nearest one."""
-    names = [f.name for f in fields(TrainConfig)]
-    for key in overrides:
-        if key not in names:
-            raise DerkitError(f"unknown parameter {key!r}.{nearest(key, names)} See python -m derkit.training --help.")
+class GenerateConfig(Config):
+    """What generated images depend on beside the model and the data. "published": the code of arXiv
+    2407.06315 (ECCV'24). Local PCA, the quantile stop and w are our reading of the abstract of
+    arXiv 2505.22486, whose body could not be obtained."""
 
+    n: Positive = option(64, "images, spread evenly over the classes (published: 10000)")
+    seed: Count = option(0, "seed of everything random")
+    classes: str = option("all", "all, or class names or numbers separated by commas")
+    init: Init = option("local_pca", "where chains start (published: pca_published)")
+    scale: Amount = option(1.0, "pca, class_gaussian: spread in deviations (published: 0.354)")
+    retained: Kept | Auto = option(AUTO, "share of variance of a PCA; auto: 0.95, local_pca: 1")
+    k: Annotated[int, Field(ge=2)] = option(32, "local_pca: neighbours of the anchor in its class")
+    tau: Amount = option(1.0, "local_pca: spread in standard deviations of the neighbourhood")
+    rank: Positive = option(128, "local_pca: class-PCA coordinates that tell neighbours")
+    best_of: Positive = option(1, "starts a sample; the one nearest to the target is kept")
+    image_noise: Amount = option(0.3, "noisy_images: its deviation (published: 1.57, test images)")
+    # descent on E(x) + w (-log p(y|x))
+    w: Amount = option(1.0, "guidance: 0 = E(x), 1 = E(x, y), more = class over-emphasised")
+    rule: Rule = option("normalised", "step: -eta g/|g|, or plain -eta/2 g (published: plain)")
+    eta: Amount = option(0.25, "step size (published: 0.025 to 0.8)")
+    momentum: Decay = option(0.8, "zeta (published: 0 or 0.8)")
+    noise: Amount = option(1e-3, "of a step, none on the last (published: 0.3 to 1.4e-3)")
+    steps: Count = option(50, "most steps of a chain; stop=fixed: all (published: 20 to 500)")
+    stop: Stop = option("quantile", "when a chain ends (published: fixed or mean_band)")
+    low: Share = option(0.0, "quantile: lowest one of the class's real energies to aim at")
+    high: Share = option(0.5, "quantile: highest one")
+    band: Amount = option(0.5, "mean_band: half-width in deviations of the real energies")
+    min_steps: Count = option(0, "steps before a chain may stop")
+    p_min: Decay = option(0.0, "p(y|x) below which a chain may not stop")
+    reference: Literal["train", "valid"] = option("train", "split that gives the real energies")
+    precision: Literal["auto", "fp32", "fp64", "bf16"] = option(AUTO, "auto: the model's")
+    batch_size: Annotated[Positive, ASIDE] = option(256, "chains at a time")
+    shard_size: Positive = option(1000, "images a file")
 
-def help_text() -> str:
-    """Every field with default, published value and meaning, one a line; then the presets."""
-    lines = ["fields (--set name=value):"]
-    for f in fields(TrainConfig):
-        default = "" if f.default is MISSING else f.default
-        paper = f"  [published: {f.metadata['paper']}]" if f.metadata["paper"] else ""
-        choices = f"  {{{', '.join(f.metadata['choices'])}}}" if f.metadata["choices"] else ""
-        lines.append(f"  {f.name}={default}  {f.metadata['help']}{choices}{paper}")
-    lines.append("presets (--preset name):")
-    lines += [f"  {name}: {p.about}" for name, p in PRESETS.items()]
-    return "\n".join(lines)
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.low > self.high:
+            raise DerkitError(f"low must be <= high, found {self.low} and {self.high}.")
+        return self
+
+    @property
+    def kept(self) -> float:
+        """``retained`` with 'auto' resolved."""
+        auto = 1.0 if self.init == "local_pca" else 0.95
+        return auto if self.retained == AUTO else self.retained
+
+    def class_numbers(self, names: list[str]) -> list[int]:
+        """The chosen classes as numbers. Raises DerkitError for one that the data do not have."""
+        words = names if self.classes == "all" else self.classes.split(",")
+        table = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
+        numbers = [pick("class", word.strip(), table) for word in words]
+        if len(set(numbers)) < len(numbers):
+            raise DerkitError(f"classes names a class twice: {self.classes!r}.")
+        return numbers

@@ -1,46 +1,48 @@
-"""Data sets that live on the device as uint8; batches come out as floats in [0, 1], augmented on the device."""
+"""Data sets that live on the device as uint8; batches come out as floats in [0, 1].
+
+No code of a data file runs: torchvision opens CIFAR's pickles only after their checksums.
+"""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
+import zlib
+from collections import namedtuple
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib import resources
 from io import BytesIO
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
+import pandas as pd
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from derkit import data_sources as sources
-from derkit.augment import augment_batch, to_float
-from derkit.errors import DataError, DerkitError, unknown
+from derkit.util import DataError, DerkitError, atomic_write, home, progress, unknown
 
-FASHION = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
-CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+Arrays = tuple[np.ndarray, np.ndarray]  # images (N, C, H, W) uint8, labels (N,)
+AUGMENTATIONS = ("none", "flip", "crop", "crop_flip", "crop_reflect_flip")
+USUAL = ("data", "~/data", "~/datasets", "~/.cache/torch/datasets", "/usr/share/datasets")
 MINI_SHA256 = "47f2788161edf95f3db46a623d91180e37eaaa47ef01ee779730aed11eefa351"
 MINI_SIZE = {"train": 4000, "valid": 1000, "test": 1000}
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What is fixed about a named data set; mean and std are the usual published ones of the training set."""
-
-    channels: int
-    size: int
-    classes: list[str] | int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-SPECS: dict[str, Spec] = {
+FASHION = ["t-shirt", "trouser", "pullover", "dress", "coat",
+           "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+NUMBERS = [str(number) for number in range(100)]
+Spec = namedtuple("Spec", "channels size classes mean std", defaults=((0.5,) * 3, (0.25,) * 3))
+SPECS: dict[str, Spec] = {  # mean and std: the usual published ones of the training set
     "fashion_mini": Spec(1, 28, FASHION, (0.2860,), (0.3530,)),
     "fashion_mnist": Spec(1, 28, FASHION, (0.2860,), (0.3530,)),
     "cifar10": Spec(3, 32, CIFAR10, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
-    "cifar100": Spec(3, 32, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "svhn": Spec(3, 32, [str(d) for d in range(10)], (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "cifar100": Spec(3, 32, NUMBERS, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "svhn": Spec(3, 32, NUMBERS[:10], (0.5,) * 3, (0.5,) * 3),
 }
 
 
@@ -54,7 +56,7 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def floats(self, start: int = 0, stop: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    def floats(self, start: int = 0, stop: int | None = None, dtype=torch.float32) -> Tensor:
         """Images [start:stop] as floats in [0, 1]."""
         return to_float(self.images[start:stop], dtype)
 
@@ -62,24 +64,22 @@ class Split:
         """The split restricted to an index tensor or slice."""
         return Split(self.images[index], self.labels[index])
 
-    def batches(self, batch_size: int, generator: torch.Generator | None = None, augment: str = "none",
-                dtype: torch.dtype = torch.float32, drop_last: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches (x, y); shuffled and augmented when a generator (on the split's device) is given."""
-        n, device = len(self), self.images.device
-        order = None if generator is None else torch.randperm(n, generator=generator, device=device)
-        for i in range(0, n - n % batch_size if drop_last else n, batch_size):
-            if order is None:
-                images, y = self.images[i : i + batch_size], self.labels[i : i + batch_size]
-            else:
-                index = order[i : i + batch_size]
-                images, y = self.images[index], self.labels[index]
-                images = augment_batch(images, augment, generator)
-            yield to_float(images, dtype), y
+    def batches(self, batch_size: int, generator: torch.Generator | None = None,
+                augment: str = "none", dtype=torch.float32) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches (x, y); shuffled and augmented with a generator on the split's device."""
+        order = torch.arange(len(self), device=self.images.device)
+        if generator is not None:
+            order = torch.randperm(len(self), generator=generator, device=order.device)
+        for i in range(0, len(self), batch_size):
+            part = self.take(order[i : i + batch_size])
+            if generator is not None:
+                part = Split(augment_batch(part.images, augment, generator), part.labels)
+            yield part.floats(dtype=dtype), part.labels
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set with three splits. ``source`` says in words which copy was read; ``sha256`` is of the images used."""
+    """A data set of three splits; ``source``: which copy was read, ``sha256``: of its images."""
 
     name: str
     classes: list[str]
@@ -90,165 +90,201 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     sha256: str
-
-    @property
-    def channels(self) -> int:
-        return self.train.images.shape[1]
-
-    @property
-    def size(self) -> int:
-        return self.train.images.shape[2]
+    channels = property(lambda self: self.train.images.shape[1])
+    size = property(lambda self: self.train.images.shape[2])
 
     def describe(self) -> str:
         """One line: name, source, split sizes, image shape."""
-        return (f"{self.name} ({self.source}): {len(self.train)} train, {len(self.valid)} valid, "
-                f"{len(self.test)} test, {len(self.classes)} classes, {self.channels}x{self.size}x{self.size}")
+        sizes = f"{len(self.train)} train, {len(self.valid)} valid, {len(self.test)} test"
+        shape = f"{self.channels}x{self.size}x{self.size}"
+        return f"{self.name} ({self.source}): {sizes}, {len(self.classes)} classes, {shape}"
 
 
-def _mini() -> tuple[dict[str, sources.Arrays], str]:
-    path = resources.files("derkit") / "assets" / "fashion_mini.npz"
-    raw = path.read_bytes()
-    if hashlib.sha256(raw).hexdigest() != MINI_SHA256:
-        raise DataError("the bundled fashion_mini.npz does not have the recorded sha256: reinstall derkit.")
-    with np.load(BytesIO(raw), allow_pickle=False) as z:
-        parts = {s: (z[f"{s}_images"][:, None], z[f"{s}_labels"].astype(np.int64)) for s in MINI_SIZE}
-    return parts, "bundled"
+def to_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 -> floats in [0, 1]."""
+    return images.to(dtype).div_(255)
 
 
-def _full(name: str, data_dir, download: bool, image_size: int | None, progress) -> tuple[dict, str, list[str] | None]:
-    """Train and test of a named data set from the first place that has it."""
-    spec, looked = SPECS[name], []
-    for root in sources.search_roots(data_dir):
-        for folder in (root / name, root):
-            if (folder / "train").is_dir() and (folder / "test").is_dir():
-                canonical = spec.classes if isinstance(spec.classes, list) else None
-                names = sources.class_names(folder / "train", canonical)
-                expected = len(spec.classes) if canonical else spec.classes
-                wrong = len(names) != expected or (canonical and not sources.same_names(names, canonical))
-                if wrong and folder == root and not data_dir:
-                    continue  # class folders of something else
-                if len(names) != expected:
-                    raise DataError(f"{folder / 'train'} has {len(names)} class folders, {name} has {expected} classes.")
-                kinds = {p.suffix.lower() for p in (folder / "train" / names[0]).iterdir()} & sources.IMAGE_SUFFIXES
-                parts = {s: sources.read_class_folders(folder / s, names, spec.channels, spec.size, progress)
-                         for s in ("train", "test")}
-                copy = "JPEG copy" if kinds & {".jpg", ".jpeg"} else "image files"
-                return parts, f"{copy}, class folders", names
-        if name == "fashion_mnist":
-            for folder in (root / "fashion-mnist", root / "FashionMNIST" / "raw", root / "fashion_mnist", root):
-                try:
-                    parts = {s: sources.read_idx_folder(folder, s == "train") for s in ("train", "test")}
-                    return {s: (im[:, None], y) for s, (im, y) in parts.items()}, "idx files", None
-                except FileNotFoundError:
-                    continue
-        try:
-            parts = {s: sources.read_torchvision(name, root, s == "train", False) for s in ("train", "test")}
-            return parts, "torchvision", None
-        except (RuntimeError, FileNotFoundError):
-            looked.append(str(root))
-    if not download:
-        raise DataError(f"{name} was not found in: {', '.join(looked)}. Pass data_dir, set DERKIT_DATA, or allow the "
-                        f"download (download=True). A folder {name}/train/<class>/*.jpg|png with test/ beside it works too.")
-    root = Path(data_dir).expanduser() if data_dir else sources.home() / "data"
-    print(f"downloading {name} into {root} (once)")
+def augment_batch(images: Tensor, kind: str, generator: torch.Generator, pad: int = 4) -> Tensor:
+    """Random crop after padding, and flip, for each image (torchvision: one for the batch)."""
+    if kind not in AUGMENTATIONS:
+        raise unknown("augment", kind, AUGMENTATIONS)
+    (b, _, h, w), device = images.shape, images.device
+    if "crop" in kind:
+        mode = "reflect" if "reflect" in kind else "constant"
+        padded = torch.nn.functional.pad(images.float(), (pad,) * 4, mode).to(images.dtype)
+        windows = padded.unfold(2, h, 1).unfold(3, w, 1)  # (B, C, 2 pad + 1, 2 pad + 1, H, W)
+        dy, dx = torch.randint(0, 2 * pad + 1, (2, b), generator=generator, device=device)
+        images = windows[torch.arange(b, device=device), :, dy, dx]
+    if "flip" in kind:
+        flip = torch.rand((b, 1, 1, 1), generator=generator, device=device) < 0.5
+        images = torch.where(flip, images.flip(-1), images)
+    return images
+
+
+def _class_names(folder: Path, known: list[str]) -> tuple[list[str], bool]:
+    """Class folders, and whether they have the known names in any spelling (then in that order)."""
+    found = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
+    if not found:
+        raise DataError(f"{folder} has no class folders; expected {folder}/<class>/*.jpg|png.")
+    slugs, wanted = (["".join(filter(str.isalnum, n.lower())) for n in k] for k in (found, known))
+    same = sorted(slugs) == sorted(wanted)
+    return [found[slugs.index(slug)] for slug in wanted] if same else found, same
+
+
+def _read_folder(folder: Path, spec: Spec) -> Arrays:
+    """folder/<class>/*, decoded once: the cache is keyed by the files' names, sizes and times."""
     try:
-        parts = {s: sources.read_torchvision(name, root, s == "train", True) for s in ("train", "test")}
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"{name} could not be downloaded ({error}). Looked in: {', '.join(looked)}. Without a network, "
-                        f"put class folders {name}/train/<class>/*.jpg|png and {name}/test/ there.") from error
-    return parts, "torchvision, downloaded", None
+        found = make_dataset(folder, {c: i for i, c in enumerate(spec.classes)}, IMG_EXTENSIONS)
+    except FileNotFoundError as error:
+        raise DataError(f"{folder} needs <class>/*.jpg|png: {error}.") from error
+    files, labels = zip(*sorted(found, key=lambda pair: pair[1]), strict=True)
+    key = [(Path(f).parts[-2:], os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
+    digest = hashlib.sha256(repr((spec.channels, spec.size, key)).encode()).hexdigest()
+    cache, images = home() / "cache" / f"folders-{digest[:16]}.npy", []
+    with suppress(OSError, ValueError, EOFError):  # a broken cache is read anew
+        return np.load(cache, allow_pickle=False), labels
+    for file in progress(files, f"reading {folder.parent.name}/{folder.name}"):
+        try:
+            with Image.open(file) as image:
+                image = image.convert("L" if spec.channels == 1 else "RGB")
+                image = ImageOps.fit(image, (spec.size, spec.size), Image.Resampling.BICUBIC)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(f"cannot read image {file}: {error}. Delete or replace it.") from error
+        images.append(np.atleast_3d(image).transpose(2, 0, 1))
+    images = np.stack(images)
+    np.save(buffer := BytesIO(), images)
+    with suppress(OSError):  # a cache that cannot be written is skipped
+        atomic_write(cache, buffer.getvalue())
+    return images, labels
 
 
-def _imagefolder(path: str, image_size: int | None, progress) -> tuple[dict, str, list[str]]:
-    root = Path(path).expanduser()
-    for split in ("train", "test"):
-        if not (root / split).is_dir():
-            raise DataError(f"imagefolder: {root / split} does not exist; expected {root}/train/<class>/ and "
-                            f"{root}/test/<class>/.")
-    names = sources.class_names(root / "train")
-    parts = {s: sources.read_class_folders(root / s, names, None, image_size or 32, progress) for s in ("train", "test")}
-    return parts, f"image folder, resized to {image_size or 32}", names
+def read_idx_folder(folder: Path) -> dict[str, Arrays] | None:
+    """Fashion-MNIST from its four idx files; by hand, as torchvision reads no gzipped ones."""
+    arrays = []
+    for stem in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        files = [Path(folder) / f"{stem}-ubyte{suffix}" for suffix in (".gz", "")]
+        path = next((file for file in files if file.is_file()), None)
+        if path is None:
+            return None
+        try:
+            raw = gzip.decompress(path.read_bytes()) if path.suffix else path.read_bytes()
+            shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
+            arrays.append(np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape))
+        except (EOFError, OSError, zlib.error, ValueError, IndexError) as error:
+            raise DataError(f"{path} is truncated or not an idx file: {error}.") from error
+    return {"train": (arrays[0][:, None], arrays[1]), "test": (arrays[2][:, None], arrays[3])}
 
 
-def _pick(labels: np.ndarray, n: int, rng: np.random.Generator, what: str) -> np.ndarray:
+def _torchvision(name: str, root: Path, split: str, download: bool) -> Arrays:
+    if name == "svhn":
+        data = datasets.SVHN(root, split=split, download=download)
+        return data.data, data.labels
+    kind = datasets.FashionMNIST if name == "fashion_mnist" else getattr(datasets, name.upper())
+    data = kind(root, train=split == "train", download=download)
+    images = np.asarray(data.data).reshape(*data.data.shape[:3], -1)  # (N, H, W, C)
+    return images.transpose(0, 3, 1, 2), data.targets
+
+
+def _named(name: str, data_dir: str | os.PathLike | None, download: bool) -> tuple:
+    """(splits, source, spec) of a named set from the first place that has it, in any format."""
+    spec, problem = SPECS[name], "was not found in"
+    roots = [data_dir] if data_dir else [os.environ.get("DERKIT_DATA"), home() / "data", *USUAL]
+    roots = [Path(root).expanduser() for root in roots if root]
+    for root in roots:
+        for folder in (root / name, root):
+            if not ((folder / "train").is_dir() and (folder / "test").is_dir()):
+                continue
+            names, known = _class_names(folder / "train", spec.classes)
+            if folder == root and not data_dir and not known:
+                continue  # class folders of something else
+            if len(names) != len(spec.classes):
+                raise DataError(f"{folder}: {len(names)} classes, {name} has {len(spec.classes)}.")
+            spec = spec._replace(classes=names)
+            copy = "JPEG copy" if any(folder.glob("train/*/*.[jJ][pP]*")) else "image files"
+            parts = {split: _read_folder(folder / split, spec) for split in ("train", "test")}
+            return parts, f"{copy}, class folders", spec
+        for place in ("fashion-mnist", "FashionMNIST/raw", "fashion_mnist", "."):
+            if name == "fashion_mnist" and (parts := read_idx_folder(root / place)):
+                return parts, "idx files", spec
+        with suppress(RuntimeError, OSError, UnpicklingError):
+            parts = {split: _torchvision(name, root, split, False) for split in ("train", "test")}
+            return parts, "torchvision", spec
+    if download:
+        root = roots[0] if data_dir else home() / "data"
+        print(f"downloading {name} into {root} (once)")
+        try:
+            parts = {split: _torchvision(name, root, split, True) for split in ("train", "test")}
+            return parts, "torchvision, downloaded", spec
+        except (RuntimeError, OSError, UnpicklingError) as error:
+            problem = f"could not be downloaded ({error}). Looked in"
+    raise DataError(f"{name} {problem}: {', '.join(map(str, roots))}. Pass data_dir, "
+                    "set DERKIT_DATA or allow the download (download=True). Class folders "
+                    f"{name}/train/<class>/*.jpg|png with test/ beside train/ work too.")
+
+
+def _pick(labels: np.ndarray, n: int, most: int, rng: np.random.Generator, what: str) -> np.ndarray:
     """n indices, spread evenly over the classes, in random order."""
-    if n > len(labels):
-        raise DataError(f"{what} = {n} is larger than the {len(labels)} images that there are.")
+    if not 0 <= n <= most:
+        raise DataError(f"{what} must lie in [0, {most}] for {len(labels)} images, found {n}.")
     order = rng.permutation(len(labels))
-    rank = np.empty(len(labels), dtype=np.int64)  # position of each image inside its class
-    for c in np.unique(labels):
-        mine = order[labels[order] == c]
-        rank[mine] = np.arange(len(mine))
-    return order[np.argsort(rank[order], kind="stable")][:n]
+    rank = pd.Series(order).groupby(labels[order]).cumcount()  # position inside its class
+    return order[rank.to_numpy().argsort(kind="stable")][:n]
 
 
-def _mix(images: np.ndarray, labels: np.ndarray) -> sources.Arrays:
-    """Images that come sorted by class (class folders) in a fixed mixed order, so that the first n hold all classes."""
-    if (np.diff(labels) < 0).any():
-        return images, labels
-    order = _pick(labels, len(labels), np.random.default_rng(0), "")
-    return images[order], labels[order]
-
-
-def load_dataset(name: str = "fashion_mini", data_dir: str | os.PathLike | None = None, device: str | torch.device = "cpu",
-                 *, download: bool = True, train_size: int = 0, valid_size: int = 1000, split_seed: int = 0,
-                 image_size: int | None = None, progress=lambda it, **kw: it) -> Dataset:
+def load_dataset(name: str = "fashion_mini", data_dir: str | os.PathLike | None = None,
+                 device: str | torch.device = "cpu", *, download: bool = True, train_size: int = 0,
+                 valid_size: int = 1000, split_seed: int = 0,
+                 image_size: int | None = None) -> Dataset:
     """Load a data set onto ``device`` as uint8.
 
-    name: 'fashion_mini' (bundled), 'fashion_mnist', 'cifar10', 'cifar100', 'svhn', or 'imagefolder:<path>'.
-    data_dir: where to look (and download to). Without it: $DERKIT_DATA, then the usual places, then a download.
-        Class folders ``<data_dir>/<name>/train/<class>/*.jpg|png`` (and test/) are read as well as torchvision's formats.
-    train_size: class-balanced subset of the training set (0: all). valid_size: images held out of the training set
-        with ``split_seed`` (the bundled set has a fixed validation split). Test is for reporting only.
-    image_size: for imagefolder, the square size that images are resized to (default 32).
-    Raises DerkitError / DataError: unknown name, missing folder, unreadable image, sizes larger than the data.
+    name: 'fashion_mini' (bundled), 'fashion_mnist', 'cifar10', 'cifar100', 'svhn' or
+        'imagefolder:<path>', whose images become squares of image_size (default 32).
+    data_dir: where to look for class folders ``<name>/train/<class>/*.jpg|png`` (test/ beside) or
+        torchvision's files, and to download to. Without it: $DERKIT_DATA, then the usual places.
+    train_size: class-balanced subset (0: all). valid_size: images held out of the training set
+        with ``split_seed`` (the bundled set has its own). Test is for reporting only.
+    Raises DerkitError / DataError: unknown name, missing folder, unreadable image, wrong sizes.
     """
-    spec = None
-    if name.startswith("imagefolder:"):
-        parts, source, names = _imagefolder(name.partition(":")[2], image_size, progress)
-    elif name in SPECS:
-        spec = SPECS[name]
-        if image_size not in (None, 0, spec.size):
-            raise DerkitError(f"image_size is for 'imagefolder:<path>'; {name} has {spec.size}x{spec.size} images.")
-        if data_dir and not Path(data_dir).expanduser().is_dir():
-            raise DataError(f"data_dir {data_dir} does not exist. To download {name} into it, create it first.")
-        if name == "fashion_mini":
-            (parts, source), names = _mini(), None
-        else:
-            parts, source, names = _full(name, data_dir, download, image_size, progress)
+    spec, source = SPECS.get(name), "bundled"
+    if spec and image_size not in (None, 0, spec.size):
+        raise DerkitError(f"image_size is for 'imagefolder:<path>'; {name} has size {spec.size}.")
+    if spec and data_dir and not Path(data_dir).expanduser().is_dir():
+        raise DataError(f"data_dir {data_dir} does not exist. To download into it, create it.")
+    if name == "fashion_mini":
+        raw = (Path(__file__).parent / "assets" / "fashion_mini.npz").read_bytes()
+        if hashlib.sha256(raw).hexdigest() != MINI_SHA256:
+            raise DataError("the bundled fashion_mini.npz is not the recorded: reinstall derkit.")
+        with np.load(BytesIO(raw), allow_pickle=False) as z:
+            parts = {s: (z[f"{s}_images"][:, None], z[f"{s}_labels"]) for s in MINI_SIZE}
+    elif spec:
+        parts, source, spec = _named(name, data_dir, download)
+    elif name.startswith("imagefolder:"):
+        root = Path(name.partition(":")[2]).expanduser()
+        spec = Spec(3, image_size or 32, _class_names(root / "train", [])[0])
+        parts = {split: _read_folder(root / split, spec) for split in ("train", "test")}
+        name, source = "imagefolder", f"image folder, resized to {spec.size}"
     else:
         raise unknown("dataset", name, [*SPECS, "imagefolder:<path>"])
-
-    rng = np.random.default_rng(split_seed)
-    parts = {split: _mix(*arrays) for split, arrays in parts.items()}
+    for split, (images, labels) in parts.items():
+        n, labels = len(spec.classes), np.asarray(labels, np.int64)
+        if len(labels) != len(images) or not np.isin(labels, range(n)).all():
+            found = f"{len(labels)} of the classes {np.unique(labels)}"
+            raise DataError(f"{name} needs {len(images)} labels in [0, {n}), found {found}.")
+        if (np.diff(labels) >= 0).all():  # by class: mixed, so that the first n hold all classes
+            order = _pick(labels, len(labels), len(labels), np.random.default_rng(0), "size")
+            images, labels = images[order], labels[order]
+        parts[split] = np.ascontiguousarray(images), labels
     images, labels = parts["train"]
-    if "valid" in parts:
-        valid_images, valid_labels = parts["valid"]
-        keep = np.arange(len(labels))
-    else:
-        if valid_size < 0:
-            raise DataError(f"valid_size must be positive, found {valid_size}.")
-        held = _pick(labels, valid_size, rng, "valid_size")
-        valid_images, valid_labels = images[held], labels[held]
-        keep = np.setdiff1d(np.arange(len(labels)), held)
-        if not len(keep):
-            raise DataError(f"valid_size = {valid_size} leaves no training images of the {len(labels)} that there are.")
+    rng, keep = np.random.default_rng(split_seed), np.arange(len(labels))
+    if "valid" not in parts:
+        held = _pick(labels, valid_size, len(labels) - 1, rng, "valid_size")
+        parts["valid"], keep = (images[held], labels[held]), np.setdiff1d(keep, held)
     if train_size:
-        if train_size < 0:
-            raise DataError(f"train_size must be positive (or 0 for all), found {train_size}.")
-        keep = keep[_pick(labels[keep], train_size, rng, "train_size")]
-    images, labels = images[keep], labels[keep]
-
-    classes = names or (spec.classes if spec and isinstance(spec.classes, list) else None)
-    classes = classes or [str(c) for c in range(int(labels.max()) + 1)]
-    arrays = [images, labels, valid_images, valid_labels, *parts["test"]]
-    digest = hashlib.sha256()
-    for array, high in zip(arrays, [None, len(classes)] * 3, strict=True):
-        if high and len(array) and not (array.min() >= 0 and array.max() < high):
-            raise DataError(f"labels of {name} must lie in [0, {high}), found [{array.min()}, {array.max()}].")
-        digest.update(np.ascontiguousarray(array).view(np.uint8))
-    tensors = [torch.from_numpy(np.array(a)).to(device) for a in arrays]
-    channels = tensors[0].shape[1]
-    return Dataset(name if spec else "imagefolder", list(classes), source, Split(*tensors[:2]), Split(*tensors[2:4]),
-                   Split(*tensors[4:]), spec.mean if spec else (0.5,) * channels, spec.std if spec else (0.25,) * channels,
-                   digest.hexdigest())
+        keep = keep[_pick(labels[keep], train_size, len(keep), rng, "train_size")]
+    parts["train"] = images[keep], labels[keep]
+    arrays = [array for split in MINI_SIZE for array in parts[split]]
+    sha256 = hashlib.sha256(b"".join(arrays)).hexdigest()
+    tensors = [torch.from_numpy(array.copy()).to(device) for array in arrays]
+    splits = [Split(*tensors[i : i + 2]) for i in (0, 2, 4)]
+    return Dataset(name, list(spec.classes), source, *splits, spec.mean, spec.std, sha256)

@@ -7,8 +7,8 @@ Sign convention, stated once for the whole kit (arXiv 2505.22486):
     CE(x, y) = E(x, y) - E(x)            cross-entropy
     dE       = E(natural) - E(adversarial)
 
-Logits are (B, K), labels (B,), every result is (B,) unless said. Half-precision logits are cast to float32 first:
-energies are differences of large numbers. float32 and float64 stay what they are.
+Logits are (B, K), labels (B,), every result is (B,) unless said. Half-precision logits are cast
+to float32 first: energies are differences of large numbers. float32 and float64 stay as they are.
 """
 
 from __future__ import annotations
@@ -50,32 +50,35 @@ def delta_energy(logits: Tensor, logits_adv: Tensor, labels: Tensor | None = Non
 
 
 def abnormal_mask(logits_start: Tensor, logits_adv: Tensor, labels: Tensor) -> Tensor:
-    """Abnormal adversarial examples (AAE, arXiv 2404.08154): the attack ended on a lower loss than it started from.
+    """Abnormal adversarial examples (AAE, arXiv 2404.08154): the attack ended on a lower loss.
 
-    ``logits_start`` are those of the attack's starting point (x itself for a zero start, the noisy point otherwise).
-    For a zero start this is the same as dE(x) < dE(x, y). Returns a bool mask; ties are normal.
+    ``logits_start`` are those of the attack's starting point: x itself, or the noisy point. For
+    x itself this is the same as dE(x) < dE(x, y). Returns a bool mask; ties are normal.
     """
     return cross_entropy(logits_adv, labels) < cross_entropy(logits_start, labels)
 
 
 def trades_decomposition(logits: Tensor, logits_adv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """KL(p(.|x) || p(.|x*)) written in energies (arXiv 2407.06315): returns (kl, conditional, marginal).
+    """KL(p(.|x) || p(.|x*)) in energies (arXiv 2407.06315): (kl, conditional, marginal).
 
-    kl = conditional + marginal, with conditional = sum_k p_k(x) [E(x*, k) - E(x, k)] and marginal = E(x) - E(x*) = dE(x).
+    kl = conditional + marginal, with conditional = sum_k p_k(x) [E(x*, k) - E(x, k)] and
+    marginal = E(x) - E(x*) = dE(x).
     """
     f, g = upcast(logits), upcast(logits_adv)
-    conditional = (f.softmax(1) * (f - g)).sum(1)  # E(x*,k) - E(x,k) = f_k(x) - f_k(x*)
+    conditional = (f.softmax(1) * (f - g)).sum(1)  # E(x*, k) - E(x, k) = f_k(x) - f_k(x*)
     marginal = delta_energy(logits, logits_adv)
     return conditional + marginal, conditional, marginal
 
 
 def energy_linearity(logits: Tensor, logits_mid: Tensor, logits_adv: Tensor, u: Tensor) -> Tensor:
-    """(E(x_u) - (1-u) E(x) - u E(x*))^2 at x_u = x + u (x* - x): the bump of the energy on the attack path."""
+    """(E(x_u) - (1-u) E(x) - u E(x*))^2 at x_u = x + u (x* - x): the bump on the attack path."""
     chord = (1 - u) * marginal_energy(logits) + u * marginal_energy(logits_adv)
     return (marginal_energy(logits_mid) - chord).square()
 
 
-def loss_linearity(logits_a: Tensor, logits_c: Tensor, logits_b: Tensor, u: Tensor, labels: Tensor) -> Tensor:
-    """E_lin of ELLE: (l(x_c) - (1-u) l(x_a) - u l(x_b))^2 at x_c = (1-u) x_a + u x_b, with l the cross-entropy."""
+def loss_linearity(logits_a: Tensor, logits_c: Tensor, logits_b: Tensor, u: Tensor,
+                   labels: Tensor) -> Tensor:
+    """E_lin of ELLE (OpenReview SZzQz8ikwg): (l(x_c) - (1-u) l(x_a) - u l(x_b))^2 at
+    x_c = (1-u) x_a + u x_b, with l the cross-entropy."""
     chord = (1 - u) * cross_entropy(logits_a, labels) + u * cross_entropy(logits_b, labels)
     return (cross_entropy(logits_c, labels) - chord).square()

@@ -1,6 +1,4 @@
-"""Classifiers. Every model takes images in [0, 1] and holds its own normaliser, so eps is always in pixel units."""
-
-from __future__ import annotations
+"""Classifiers of images in [0, 1], each with its normaliser inside: eps is in pixel units."""
 
 from collections.abc import Sequence
 from inspect import signature
@@ -9,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from derkit.errors import DerkitError, pick
+from derkit.util import DerkitError, pick
 
 
 class Normalize(nn.Module):
@@ -17,24 +15,18 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float64).view(1, -1, 1, 1).float())
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float64).view(1, -1, 1, 1).float())
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std
 
 
-def _conv(inp: int, out: int, stride: int = 1, kernel: int = 3) -> nn.Conv2d:
-    return nn.Conv2d(inp, out, kernel, stride=stride, padding=kernel // 2, bias=False)
-
-
 class SmallCNN(nn.Module):
-    """Four 3x3 convolutions for 28x28 and 32x32 images; 92k parameters at width 16 on 28x28 grey images.
+    """Four 3x3 convolutions; 92k parameters at width 16 on 28x28 grey images. Strided first layers
+    would print a checkerboard into input gradients, so it pools averages instead."""
 
-    Early layers have stride 1 and are average-pooled: a strided first layer prints a checkerboard into input gradients.
-    """
-
-    def __init__(self, channels: int, classes: int, size: int, width: int = 16, bn: bool = True) -> None:
+    def __init__(self, channels: int, classes: int, size: int, width: int = 16, bn: bool = True):
         super().__init__()
 
         def block(inp: int, out: int) -> list[nn.Module]:
@@ -42,14 +34,16 @@ class SmallCNN(nn.Module):
             return [nn.Conv2d(inp, out, 3, padding=1, bias=not bn), *norm, nn.ReLU()]
 
         self.features = nn.Sequential(
-            *block(channels, width), nn.AvgPool2d(2),
-            *block(width, 2 * width), nn.AvgPool2d(2),
-            *block(2 * width, 4 * width), *block(4 * width, 4 * width),
-        )
+            *block(channels, width), nn.AvgPool2d(2), *block(width, 2 * width), nn.AvgPool2d(2),
+            *block(2 * width, 4 * width), *block(4 * width, 4 * width))
         self.head = nn.Linear(4 * width * (size // 4) ** 2, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x).flatten(1))
+
+
+def _conv(inp: int, out: int, stride: int = 1, kernel: int = 3) -> nn.Conv2d:
+    return nn.Conv2d(inp, out, kernel, stride=stride, padding=kernel // 2, bias=False)
 
 
 class PreActBlock(nn.Module):
@@ -60,32 +54,32 @@ class PreActBlock(nn.Module):
         self.bn1, self.conv1 = nn.BatchNorm2d(inp), _conv(inp, out, stride)
         self.bn2, self.conv2 = nn.BatchNorm2d(out), _conv(out, out)
         self.from_bn = shortcut == "bn"
-        self.project = _conv(inp, out, stride, kernel=1) if stride != 1 or inp != out else None
+        same = stride == 1 and inp == out
+        self.project = None if same else _conv(inp, out, stride, kernel=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.relu(self.bn1(x))
-        skip = x if self.project is None else self.project(h if self.from_bn else x)
+        skip = x
+        if self.project is not None:
+            skip = self.project(h if self.from_bn else x)
         return skip + self.conv2(F.relu(self.bn2(self.conv1(h))))
 
 
-class PreActResNet(nn.Module):
-    """PreActResNet-18, of which public code holds three different networks; the two switches name ours.
+class PreActNet(nn.Module):
+    """Stem, stages of ``blocks`` pre-activation blocks, perhaps a last BN-ReLU, mean, linear layer.
 
-    ``shortcut='bn', final_bn=True``: robust_overfitting (Rice et al.). ``'x', True``: fast_adversarial, N-FGSM.
-    ``'x', False``: understanding-fast-adv-training (GradAlign).
+    stem, widths: channels after the stem and of each stage; all but the first start with stride 2.
     """
 
-    def __init__(self, channels: int, classes: int, size: int, width: int = 64, shortcut: str = "bn",
-                 final_bn: bool = True, blocks: Sequence[int] = (2, 2, 2, 2)) -> None:
+    def __init__(self, channels: int, classes: int, stem: int, widths: Sequence[int], blocks: int,
+                 shortcut: str, final_bn: bool) -> None:
         super().__init__()
-        if shortcut not in ("x", "bn"):
-            raise DerkitError(f"shortcut must be 'x' or 'bn', found {shortcut!r}.")
-        self.stem = _conv(channels, width)
-        layers, inp = [], width
-        for stage, n in enumerate(blocks):
-            out = width * 2**stage
-            for i in range(n):
-                layers.append(PreActBlock(inp, out, 2 if stage and not i else 1, shortcut))
+        self.stem = _conv(channels, stem)
+        layers, inp = [], stem
+        for stage, out in enumerate(widths):
+            for i in range(blocks):
+                stride = 2 if stage > 0 and i == 0 else 1
+                layers.append(PreActBlock(inp, out, stride, shortcut))
                 inp = out
         self.body = nn.Sequential(*layers)
         self.final = nn.Sequential(nn.BatchNorm2d(inp), nn.ReLU()) if final_bn else nn.Identity()
@@ -95,74 +89,73 @@ class PreActResNet(nn.Module):
         return self.head(self.final(self.body(self.stem(x))).mean((2, 3)))
 
 
-class WideResNet(nn.Module):
+class PreActResNet(PreActNet):
+    """PreActResNet-18, a name that public code gives to three networks; two switches tell which.
+
+    ``shortcut='bn', final_bn=True``: robust_overfitting (Rice et al.). ``'x', True``:
+    fast_adversarial, N-FGSM. ``'x', False``: understanding-fast-adv-training (GradAlign).
+    """
+
+    def __init__(self, channels: int, classes: int, size: int, width: int = 64,
+                 shortcut: str = "bn", final_bn: bool = True) -> None:
+        if shortcut not in ("x", "bn"):
+            raise DerkitError(f"shortcut must be 'x' or 'bn', found {shortcut!r}.")
+        widths = [width, 2 * width, 4 * width, 8 * width]
+        super().__init__(channels, classes, width, widths, 2, shortcut, final_bn)
+
+
+class WideResNet(PreActNet):
     """WRN-depth-width (depth = 6n + 4), shortcut from BN-ReLU(x), final BN, no dropout."""
 
-    def __init__(self, channels: int, classes: int, size: int, depth: int = 28, width: int = 10) -> None:
-        super().__init__()
+    def __init__(self, channels: int, classes: int, size: int, depth: int = 28, width: int = 10):
         if depth < 10 or (depth - 4) % 6:
-            raise DerkitError(f"wide_resnet depth must be 6n + 4 (10, 16, 22, 28, 34, ...), found {depth}.")
-        n, inp, layers = (depth - 4) // 6, 16, []
-        self.stem = _conv(channels, inp)
-        for stage in range(3):
-            out = 16 * width * 2**stage
-            for i in range(n):
-                layers.append(PreActBlock(inp, out, 2 if stage and not i else 1, "bn"))
-                inp = out
-        self.body = nn.Sequential(*layers)
-        self.final = nn.Sequential(nn.BatchNorm2d(inp), nn.ReLU())
-        self.head = nn.Linear(inp, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.final(self.body(self.stem(x))).mean((2, 3)))
+            raise DerkitError(f"wide_resnet depth must be 6n + 4 (10, 16, 22, ...), found {depth}.")
+        widths = [16 * width, 32 * width, 64 * width]
+        super().__init__(channels, classes, 16, widths, (depth - 4) // 6, "bn", True)
 
 
-MODELS: dict[str, type[nn.Module]] = {
-    "small_cnn": SmallCNN,
-    "preact_resnet18": PreActResNet,
-    "wide_resnet": WideResNet,
-}
-OPTIONS = {  # what each model can be told beyond its input and output
-    "small_cnn": ("width", "bn"),
-    "preact_resnet18": ("width", "shortcut", "final_bn"),
-    "wide_resnet": ("depth", "width"),
-}
+MODELS = dict(small_cnn=SmallCNN, preact_resnet18=PreActResNet, wide_resnet=WideResNet)
+# what each model can be told beyond its channels, classes and size
+OPTIONS = {name: tuple(signature(net).parameters)[3:] for name, net in MODELS.items()}
 
 
-def build_model(name: str, channels: int, classes: int, size: int, mean: Sequence[float] | None = None,
-                std: Sequence[float] | None = None, **options) -> nn.Sequential:
-    """A model by name as Sequential(Normalize, net): (B, C, H, W) in [0, 1] -> logits (B, classes).
+def build_model(name: str, channels: int, classes: int, size: int,
+                mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+                **options) -> nn.Sequential:
+    """A model by name as Sequential(Normalize, net): (B, C, H, W) in [0, 1] to logits (B, classes).
 
-    The returned module carries ``spec``, a plain dict that rebuilds it (stored in checkpoints).
+    The model carries ``spec``, a plain dict that rebuilds it (stored in checkpoints).
     Raises DerkitError for an unknown name or an option that the model does not have.
     """
     net = pick("model", name, MODELS)
     for key in options:
         if key not in OPTIONS[name]:
-            raise DerkitError(f"model {name!r} has no option {key!r}; it has: {', '.join(OPTIONS[name])}.")
+            allowed = ", ".join(OPTIONS[name])
+            raise DerkitError(f"model {name!r} has no option {key!r}; it has: {allowed}.")
     mean, std = list(mean or [0.0] * channels), list(std or [1.0] * channels)
     if not len(mean) == len(std) == channels:
-        raise DerkitError(f"the normaliser needs one mean and std per channel ({channels}), found {mean} and {std}.")
+        raise DerkitError(f"the normaliser needs one mean and std per channel ({channels}), "
+                          f"found {mean} and {std}.")
     model = nn.Sequential(Normalize(mean, std), net(channels, classes, size, **options))
-    model.spec = dict(name=name, channels=channels, classes=classes, size=size, mean=mean, std=std, **options)
+    spec = dict(name=name, channels=channels, classes=classes, size=size, mean=mean, std=std)
+    model.spec = spec | options
     return model
 
 
 def same_network(a: dict, b: dict) -> bool:
-    """Do two specs build the same network? Options left out count as their defaults; the normaliser's values do not count."""
+    """Do two specs build the same network? Options left out are defaults; mean, std don't count."""
 
     def whole(spec: dict) -> dict:
         parameters = signature(MODELS[spec["name"]]).parameters
-        options = {k: spec.get(k, parameters[k].default) for k in OPTIONS[spec["name"]]}
-        return options | {k: spec[k] for k in ("name", "channels", "classes", "size")}
+        options = {key: spec.get(key, parameters[key].default) for key in OPTIONS[spec["name"]]}
+        return options | {key: spec[key] for key in ("name", "channels", "classes", "size")}
 
     return whole(a) == whole(b)
 
 
 def describe(spec: dict) -> str:
-    """The model's variant in words, for records and figure captions: 'preact_resnet18(shortcut=bn, final_bn=True)'."""
-    options = {k: v for k, v in spec.items() if k in OPTIONS.get(spec["name"], ())}
-    inside = ", ".join(f"{k}={v}" for k, v in options.items())
+    """The variant in words, for records and captions: 'preact_resnet18(shortcut=bn, width=64)'."""
+    inside = ", ".join(f"{k}={v}" for k, v in spec.items() if k in OPTIONS.get(spec["name"], ()))
     return f"{spec['name']}({inside})" if inside else spec["name"]
 
 

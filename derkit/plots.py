@@ -1,230 +1,330 @@
-"""Figures from records and arrays. Each function draws one figure, shows it and returns nothing (``save=`` writes a PNG).
+"""Figures from records and arrays. Each function draws one figure, shows it and returns nothing.
 
-Lines differ in style and marker as well as in colour, so that every figure reads in greyscale.
+``save=`` also writes it. Lines differ in style and marker too, so that they read in greyscale.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from torch import Tensor
 
-from derkit.diagnosis import AttackEnergies, co_onset
+from derkit.diagnosis import landscape, overfitting
+from derkit.generation import generate, metrics, sampler
 from derkit.records import Run
+from derkit.util import pick
 
-STYLES = ["-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1))]
-MARKERS = ["o", "s", "^", "D", "v", "X"]
-COLORS = sns.color_palette("colorblind")
+Save = str | Path | None
+Names = Sequence[str]
+COLORS = sns.color_palette("colorblind", 60)  # repeats itself, as the others do
+STYLES = ["-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1))] * 10
+MARKERS = ["o", "s", "^", "D", "v", "X"] * 10
+ONSET = dict(color="0.2", lw=1, ls=(0, (2, 2)))
+LABELS = dict(valid_fgsm="FGSM, valid", valid_pgd="PGD, valid", valid_clean="clean, valid",
+              train_acc="training attack, train", probe_pgd="PGD, train", probe_pgd_dE="PGD, train",
+              probe_dE="training attack, train", valid_pgd_dE="PGD, valid")
+CURVES = dict(co=(["valid_fgsm", "valid_pgd", "train_acc"], ["probe_dE", "valid_pgd_dE"]),
+              ro=(["probe_pgd", "valid_pgd", "valid_clean"], ["probe_pgd_dE", "valid_pgd_dE"]))
 
 
 def use_style() -> None:
     """The kit's look: white grid, small fonts, colour-blind palette."""
-    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", font_scale=0.85)
-    plt.rcParams.update({"figure.dpi": 100, "savefig.dpi": 150, "axes.titlesize": "medium", "legend.frameon": True,
-                         "figure.constrained_layout.use": True})
+    more = {"figure.dpi": 100, "savefig.dpi": 150, "axes.titlesize": "medium",
+            "legend.frameon": True, "figure.constrained_layout.use": True}
+    sns.set_theme(style="whitegrid", palette="colorblind", font_scale=0.85, rc=more)
 
 
-def _finish(figure: plt.Figure, save: str | Path | None) -> None:
+def _finish(save: Save, axes: Sequence[plt.Axes] = (), size: int = 8) -> None:
+    """Put legends on those of the axes that have labels, write the figure if asked, show it."""
+    for axis in axes:
+        if axis.get_legend_handles_labels()[0] and not axis.get_legend():
+            axis.legend(fontsize=size)
     if save:
         Path(save).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(save)
+        plt.savefig(save)
     plt.show()
-    plt.close(figure)
+    plt.close()
 
 
-def _line(axis: plt.Axes, x, y, i: int, label: str, **options) -> None:
-    axis.plot(x, y, ls=STYLES[i % len(STYLES)], color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], ms=3.5,
-              markevery=max(1, len(x) // 12), label=label, **options)
+@contextmanager
+def _panels(save: Save, width: float, height: float, titles: Names = ("",), size: int = 8,
+            legends: int = 1, sharey: bool = False, **settings: Any) -> Iterator[np.ndarray]:
+    """Axes with titles, side by side; settings, legends (on the first) and the end come last."""
+    shape = dict(figsize=(width * len(titles), height), squeeze=False, sharey=sharey)
+    axes = plt.subplots(1, len(titles), **shape)[1][0]
+    yield axes
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set(title=title, **settings)
+    _finish(save, axes[:legends], size)
 
 
-# ------------------------------------------------------------------------------------------------------- training
-def overfitting_curves(runs: Mapping[str, Run], kind: str = "co", save: str | Path | None = None) -> None:
-    """Accuracy and dE on one time axis, a column per run: the form of the paper's main figure.
+def _line(axis: plt.Axes, i: int, label: str, x: Any, y: Any, *band: Any) -> None:
+    """The i-th line of a figure, with a band around it if (low, high) are given."""
+    axis.plot(x, y, ls=STYLES[i], color=COLORS[i], marker=MARKERS[i], ms=3.5, label=label,
+              markevery=max(1, len(x) // 12))
+    if band:
+        axis.fill_between(x, *band, color=COLORS[i], alpha=0.15)
 
-    kind 'co': PGD and FGSM accuracy (validation), running adversarial training accuracy, dE(x) of the training attack.
-    kind 'ro': PGD accuracy on training (probe) and validation images, and dE(x) of PGD on both.
-    """
-    top = {"co": [("valid_fgsm", "FGSM, valid"), ("valid_pgd", "PGD, valid"), ("train_acc", "training attack, train")],
-           "ro": [("probe_pgd", "PGD, train"), ("valid_pgd", "PGD, valid"), ("valid_clean", "clean, valid")]}[kind]
-    bottom = {"co": [("probe_dE", "training attack, train"), ("valid_pgd_dE", "PGD, valid")],
-              "ro": [("probe_pgd_dE", "PGD, train"), ("valid_pgd_dE", "PGD, valid")]}[kind]
-    figure, axes = plt.subplots(2, len(runs), figsize=(4.6 * len(runs), 5.2), sharex="col", sharey="row", squeeze=False)
-    for column, (title, run) in enumerate(runs.items()):
-        rows = run.epochs
-        for axis, lines in ((axes[0, column], top), (axes[1, column], bottom)):
-            for i, (key, label) in enumerate(lines):
-                _line(axis, rows["epoch"], rows[key], i, label)
-        axes[0, column].set(title=title, ylim=(-0.02, 1.02))
-        axes[1, column].axhline(0, color="0.4", lw=0.8)
-        axes[1, column].set(xlabel="epoch")
-        onset = co_onset(run) if kind == "co" else None
-        marks = [(onset.epoch, "CO onset")] if onset else []
-        if kind == "ro":
-            marks = [(int(rows["valid_pgd"].to_numpy().argmax()) + 1, "best on valid")]
-        for epoch, text in marks:
-            for axis in axes[:, column]:
-                axis.axvline(epoch, color="0.2", lw=1, ls=(0, (2, 2)))
-            axes[0, column].annotate(text, (epoch, 0.03), xytext=(3, 0), textcoords="offset points", fontsize=8)
+
+def _bars(axis: plt.Axes, table: pd.DataFrame, columns: Names, turn: int) -> None:
+    """A group of bars per row, a bar per column, error bars from 'NAME min' and 'NAME max'."""
+    width = 0.8 / len(columns)
+    for i, name in enumerate(columns):
+        at = np.arange(len(table)) + (i - (len(columns) - 1) / 2) * width
+        ends = table.filter([f"{name} min", f"{name} max"]).sub(table[name], axis=0).abs()
+        axis.bar(at, table[name], width, label=name, hatch=["", "///", "...", "xx"][i % 4],
+                 color=COLORS[i], edgecolor="0.2", yerr=ends.T if ends.size else None, capsize=3)
+    axis.set_xticks(range(len(table)), table.index, rotation=turn, ha="right")
+
+
+def overfitting_curves(runs: Mapping[str, Run], kind: str = "co", save: Save = None) -> None:
+    """Accuracy and dE over epochs, a column per run; kind 'co' marks the onset, 'ro' the best."""
+    parts, size = pick("kind", kind, CURVES), (4.6 * len(runs), 5.2)
+    axes = plt.subplots(2, len(runs), sharex="col", sharey="row", squeeze=False, figsize=size)[1]
+    for (top, bottom), (title, run) in zip(axes.T, runs.items(), strict=True):
+        for axis, columns in zip((top, bottom), parts, strict=True):
+            for i, column in enumerate(columns):
+                _line(axis, i, LABELS[column], run.epochs["epoch"], run.epochs[column])
+        mark, word = run.epochs["valid_pgd"].argmax() + 1, "best on valid"
+        if kind == "co":
+            mark, word = getattr(overfitting.co_onset(run), "epoch", None), "CO onset"
+        if mark:
+            top.axvline(mark, **ONSET)
+            bottom.axvline(mark, **ONSET)
+            top.annotate(word, (mark, 0.03), (3, 0), textcoords="offset points", fontsize=8)
+        bottom.axhline(0, color="0.4", lw=0.8)
+        bottom.set(xlabel="epoch")
+        top.set(title=title, ylim=(-0.02, 1.02))
     axes[0, 0].set_ylabel("accuracy")
     axes[1, 0].set_ylabel("mean dE(x) = E(x) - E(x*)")
-    axes[0, 0].legend(fontsize=7)
-    axes[1, 0].legend(fontsize=7)
-    _finish(figure, save)
+    _finish(save, axes[:, 0], size=7)
 
 
-def signal_curves(run: Run, alarms: pd.DataFrame, save: str | Path | None = None) -> None:
-    """The four CO signals of a run over epochs; a solid vertical line where one alarms, a dotted one at the onset."""
-    from derkit.alarms import SIGNALS
-
-    figure, axes = plt.subplots(1, len(SIGNALS), figsize=(3.1 * len(SIGNALS), 2.7), sharex=True)
-    for axis, (name, signal), (_, row) in zip(axes, SIGNALS.items(), alarms.iterrows(), strict=True):
-        axis.plot(run.epochs["epoch"], run.epochs[signal.column], color="0.1", marker="o", ms=3)
-        if pd.notna(row["alarm"]):
-            axis.axvline(row["alarm"], color=COLORS[3], lw=1.6, label="alarm")
-        if pd.notna(row["onset"]):
-            axis.axvline(row["onset"], color="0.2", lw=1, ls=(0, (2, 2)), label="CO onset")
-        axis.set(title=f"{name}: {row['verdict']}", xlabel="epoch")
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
-    axes[0].set_ylabel("value")
-    _finish(figure, save)
+def signal_curves(run: Run, alarms: pd.DataFrame, save: Save = None) -> None:
+    """The CO signals of a run; a solid line where one alarms, a dotted one at the onset."""
+    titles = alarms["signal"] + ": " + alarms["verdict"]
+    with _panels(save, 3.1, 2.7, titles, size=7, legends=len(titles), xlabel="epoch") as axes:
+        for axis, row in zip(axes, alarms.itertuples(), strict=True):
+            values = run.epochs[overfitting.SIGNALS[row.signal].column]
+            axis.plot(run.epochs["epoch"], values, color="0.1", marker="o", ms=3)
+            if pd.notna(row.alarm):
+                axis.axvline(row.alarm, color=COLORS[3], lw=1.6, label="alarm")
+            if pd.notna(row.onset):
+                axis.axvline(row.onset, label="CO onset", **ONSET)
+        axes[0].set_ylabel("value")
 
 
-def compare_runs(groups: Mapping[str, Sequence[Run]], column: str, ylabel: str, save: str | Path | None = None) -> None:
-    """One recorded column over epochs: a line per method (mean of its seeds) and a band from the lowest to the highest."""
-    figure, axis = plt.subplots(figsize=(6.2, 3.6))
-    for i, (name, runs) in enumerate(groups.items()):
-        table = pd.concat([r.epochs.set_index("epoch")[column] for r in runs], axis=1)
-        _line(axis, table.index, table.mean(axis=1), i, f"{name} ({len(runs)} seed{'s' * (len(runs) > 1)})")
-        if len(runs) > 1:
-            axis.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=COLORS[i % len(COLORS)], alpha=0.15)
-    axis.set(xlabel="epoch", ylabel=ylabel)
-    axis.legend(fontsize=8)
-    _finish(figure, save)
+def compare_runs(groups: Mapping[str, list], column: str, ylabel: str, save: Save = None) -> None:
+    """A recorded column over epochs: a line per method, its mean over seeds, with the range."""
+    with _panels(save, 6.2, 3.6, xlabel="epoch", ylabel=ylabel) as (axis,):
+        for i, (name, runs) in enumerate(groups.items()):
+            rows = pd.concat([r.epochs.set_index("epoch")[column] for r in runs], axis=1)
+            label = f"{name} ({len(runs)} seed{'s' * (len(runs) > 1)})"
+            _line(axis, i, label, rows.index, *rows.T.agg(["mean", "min", "max"]).to_numpy())
 
 
-def result_bars(table: pd.DataFrame, columns: Sequence[str], ylabel: str = "accuracy", save: str | Path | None = None) -> None:
-    """Grouped bars of a result table (index: methods; columns: means, with '<column> min' and '<column> max' if there)."""
-    figure, axis = plt.subplots(figsize=(1.3 + 1.2 * len(table), 3.4))
-    width, hatches = 0.8 / len(columns), ["", "///", "...", "xx"]
-    for i, column in enumerate(columns):
-        x = np.arange(len(table)) + (i - (len(columns) - 1) / 2) * width
-        values = table[column].to_numpy(float)
-        error = None
-        if f"{column} min" in table:
-            error = np.abs(np.stack([values - table[f"{column} min"], table[f"{column} max"] - values]))
-        axis.bar(x, values, width, label=column, color=COLORS[i], hatch=hatches[i % 4], edgecolor="0.2", yerr=error, capsize=3)
-    axis.set_xticks(np.arange(len(table)), table.index, rotation=20, ha="right")
-    axis.set_ylabel(ylabel)
-    axis.legend(fontsize=8)
-    _finish(figure, save)
+def result_bars(table: pd.DataFrame, columns: Names, save: Save = None) -> None:
+    """Bars of a result table (index: methods), with the ranges 'NAME min' to 'NAME max'."""
+    with _panels(save, 1.3 + 1.2 * len(table), 3.4, ylabel="accuracy") as (axis,):
+        _bars(axis, table, columns, turn=20)
 
 
-def accuracy_by_eps(table: pd.DataFrame, ylabel: str = "accuracy", save: str | Path | None = None) -> None:
-    """Accuracy against the radius, a line per method with its range over seeds; ``table`` from `derkit.results.by_eps`."""
-    figure, axis = plt.subplots(figsize=(6.4, 3.8))
-    for i, (name, rows) in enumerate(table.groupby("method", sort=False)):
-        _line(axis, rows["eps"].to_numpy(), rows["mean"].to_numpy(), i, name)
-        axis.fill_between(rows["eps"], rows["min"], rows["max"], color=COLORS[i % len(COLORS)], alpha=0.15)
-    axis.set(xlabel="eps / (1/255)", ylabel=ylabel, ylim=(-0.02, None), xticks=sorted(table["eps"].unique()))
-    axis.legend(fontsize=7)
-    _finish(figure, save)
+def accuracy_by_eps(table: pd.DataFrame, ylabel: str = "accuracy", save: Save = None) -> None:
+    """Accuracy against the radius, a line per method with its range (`derkit.records.by_eps`)."""
+    settings = dict(ylabel=ylabel, ylim=(-0.02, None), xticks=sorted(table["eps"].unique()))
+    with _panels(save, 6.4, 3.8, size=7, xlabel="eps / (1/255)", **settings) as (axis,):
+        for i, (name, rows) in enumerate(table.groupby("method", sort=False)):
+            _line(axis, i, name, *rows[["eps", "mean", "min", "max"]].to_numpy().T)
 
 
-# -------------------------------------------------------------------------------------------------------- energies
-def energy_histograms(panels: Mapping[str, Sequence[AttackEnergies]], key: str = "E", save: str | Path | None = None) -> None:
-    """Histograms of natural and adversarial energies, a panel per model; ``key`` 'E' for E(x), 'Ey' for E(x, y)."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.2), squeeze=False)
-    for axis, (title, results) in zip(axes[0], panels.items(), strict=True):
-        series = {"natural": getattr(results[0], key)} | {r.attack: getattr(r, f"{key}_adv") for r in results}
-        low, high = (np.quantile(np.concatenate(list(series.values())), q) for q in (0.002, 0.998))
-        bins = np.linspace(low, high, 50)
-        axis.hist(series["natural"], bins, color="0.8", label="natural", density=True)
-        for i, (name, values) in enumerate(list(series.items())[1:]):
-            axis.hist(values, bins, histtype="step", lw=1.6, ls=STYLES[i % 6], color=COLORS[i], label=name, density=True)
-        axis.set(title=title, xlabel="E(x)" if key == "E" else "E(x, y)", ylabel="density")
-    axes[0, 0].legend(fontsize=7)
-    _finish(figure, save)
+def energy_histograms(panels: Mapping[str, list], key: str = "E", save: Save = None) -> None:
+    """Histograms of the energies ('E' or 'Ey') in lists of `AttackEnergies`, a panel per model."""
+    labels = dict(xlabel=dict(E="E(x)", Ey="E(x, y)")[key], ylabel="density")
+    with _panels(save, 4.6, 3.2, list(panels), size=7, **labels) as axes:
+        for axis, results in zip(axes, panels.values(), strict=True):
+            natural = getattr(results[0], key)
+            attacked = {r.attack: getattr(r, f"{key}_adv") for r in results}
+            ends = np.quantile(np.concatenate([natural, *attacked.values()]), [0.002, 0.998])
+            options = dict(bins=np.linspace(*ends, 50), density=True)
+            axis.hist(natural, color="0.8", label="natural", **options)
+            for i, (name, values) in enumerate(attacked.items()):
+                look = dict(ls=STYLES[i], color=COLORS[i], histtype="step", lw=1.6)
+                axis.hist(values, label=name, **look, **options)
 
 
-def energy_map(panels: Mapping[str, AttackEnergies], save: str | Path | None = None) -> None:
-    """(E(x), E(x, y)) of natural and adversarial samples, a panel per model. On the diagonal the loss is 0: CE = E(x,y) - E(x)."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.8), squeeze=False)
-    for axis, (title, r) in zip(axes[0], panels.items(), strict=True):
-        axis.scatter(r.E, r.Ey, s=8, c="0.55", marker="o", label="natural", alpha=0.6, lw=0)
-        axis.scatter(r.E_adv, r.Ey_adv, s=12, c=[COLORS[3]], marker="x", label=r.attack, alpha=0.6, lw=0.8)
-        ends = [min(r.E.min(), r.E_adv.min()), max(r.E.max(), r.E_adv.max())]
-        axis.plot(ends, ends, color="0.1", lw=1, ls="--", label="CE = 0")
-        axis.set(title=title, xlabel="E(x)", ylabel="E(x, y)")
-    axes[0, 0].legend(fontsize=8)
-    _finish(figure, save)
+def energy_map(panels: Mapping[str, landscape.AttackEnergies], save: Save = None) -> None:
+    """(E(x), E(x, y)) of natural and adversarial samples; on the diagonal the loss is 0."""
+    with _panels(save, 4.4, 3.8, list(panels), xlabel="E(x)", ylabel="E(x, y)") as axes:
+        for axis, r in zip(axes, panels.values(), strict=True):
+            axis.scatter(r.E, r.Ey, s=8, c="0.55", marker="o", label="natural", alpha=0.6, lw=0)
+            axis.plot(r.E_adv, r.Ey_adv, "x", c=COLORS[3], ms=3, mew=0.8, alpha=0.6, label=r.attack)
+            ends = [min(r.E.min(), r.E_adv.min()), max(r.E.max(), r.E_adv.max())]
+            axis.plot(ends, ends, color="0.1", lw=1, ls="--", label="CE = 0")
 
 
-def delta_by_strength(table: pd.DataFrame, save: str | Path | None = None) -> None:
-    """Mean dE(x) and dE(x, y) against eps; ``table`` has columns model, attack, eps, dE(x), dE(x,y)."""
-    models = list(dict.fromkeys(table["model"]))
-    figure, axes = plt.subplots(1, len(models), figsize=(4.8 * len(models), 3.4), squeeze=False)
-    for axis, name in zip(axes[0], models, strict=True):
-        for i, (attack, rows) in enumerate(table[table["model"] == name].groupby("attack", sort=False)):
-            _line(axis, rows["eps"].to_numpy(), rows["dE(x)"].to_numpy(), i, attack)
-        axis.axhline(0, color="0.3", lw=0.8)
-        axis.set(title=name, xlabel="eps", ylabel="mean dE(x)  (> 0: the attack lowers E(x))")
-    axes[0, 0].legend(fontsize=8)
-    _finish(figure, save)
+def delta_by_strength(table: pd.DataFrame, save: Save = None) -> None:
+    """Mean dE(x) against eps, a panel per model; columns model, attack, eps, dE(x)."""
+    models, ylabel = table["model"].unique(), "mean dE(x)  (> 0: the attack lowers E(x))"
+    with _panels(save, 4.8, 3.4, models, xlabel="eps", ylabel=ylabel) as axes:
+        for axis, model in zip(axes, models, strict=True):
+            rows = table[table["model"] == model].groupby("attack", sort=False)
+            for i, (attack, part) in enumerate(rows):
+                _line(axis, i, attack, part["eps"].to_numpy(), part["dE(x)"].to_numpy())
+            axis.axhline(0, color="0.3", lw=0.8)
 
 
-def roc_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray, float]], save: str | Path | None = None) -> None:
-    """ROC of energy-based detectors: name -> (fpr, tpr, auc), from `derkit.diagnosis.detection_roc`."""
-    figure, axis = plt.subplots(figsize=(4.6, 4.2))
-    for i, (name, (fpr, tpr, auc)) in enumerate(curves.items()):
-        _line(axis, fpr, tpr, i, f"{name}: AUC {auc:.2f}")
-    axis.plot([0, 1], [0, 1], color="0.5", lw=0.8)
-    axis.set(xlabel="false positive rate", ylabel="true positive rate")
-    axis.legend(fontsize=8)
-    _finish(figure, save)
+def roc_curves(curves: Mapping[str, tuple], save: Save = None) -> None:
+    """ROC of energy-based detectors: name -> `derkit.diagnosis.landscape.detection_roc`."""
+    labels = dict(xlabel="false positive rate", ylabel="true positive rate")
+    with _panels(save, 4.6, 4.2, **labels) as (axis,):
+        for i, (name, (fpr, tpr, auc)) in enumerate(curves.items()):
+            _line(axis, i, f"{name}: AUC {auc:.2f}", fpr, tpr)
+        axis.plot([0, 1], [0, 1], color="0.5", lw=0.8)
 
 
-# ------------------------------------------------------------------------------------------------------ landscapes
-def energy_paths(paths: Mapping[str, dict[str, np.ndarray]], key: str = "E", save: str | Path | None = None) -> None:
-    """Energy along x + u (x* - x), relative to x: mean over images and the band from the 25 to the 75 % quantile."""
-    figure, axis = plt.subplots(figsize=(5.4, 3.5))
-    for i, (name, path) in enumerate(paths.items()):
-        values = path[key] - path[key][0]
-        _line(axis, path["u"], values.mean(1), i, name)
-        axis.fill_between(path["u"], *np.quantile(values, [0.25, 0.75], axis=1), color=COLORS[i % len(COLORS)], alpha=0.15)
-    label = {"E": "E(x_u) - E(x)", "Ey": "E(x_u, y) - E(x, y)", "ce": "CE(x_u) - CE(x)"}[key]
-    axis.set(xlabel="u on the path x + u (x* - x)", ylabel=label)
-    axis.axvline(1, color="0.4", lw=0.8)
-    axis.legend(fontsize=8)
-    _finish(figure, save)
+def energy_paths(paths: Mapping[str, dict], key: str = "E", save: Save = None) -> None:
+    """Energy along x + u (x* - x), relative to x: mean over images, and their middle half."""
+    label = dict(E="E(x_u) - E(x)", Ey="E(x_u, y) - E(x, y)", ce="CE(x_u) - CE(x)")[key]
+    with _panels(save, 5.4, 3.5, xlabel="u on the path x + u (x* - x)", ylabel=label) as (axis,):
+        for i, (name, path) in enumerate(paths.items()):
+            rise = path[key] - path[key][0]
+            _line(axis, i, name, path["u"], rise.mean(1), *np.quantile(rise, [0.25, 0.75], axis=1))
+        axis.axvline(1, color="0.4", lw=0.8)
 
 
-def energy_slices(slices: Mapping[str, dict[str, np.ndarray]], key: str = "ce", save: str | Path | None = None) -> None:
-    """Loss or energy on a plane around one image, a panel per model: x at the origin, x* at (1, 0)."""
-    figure, axes = plt.subplots(1, len(slices), figsize=(3.9 * len(slices), 3.4), squeeze=False)
-    for axis, (title, s) in zip(axes[0], slices.items(), strict=True):
-        filled = axis.contourf(s["axis"], s["axis"], s[key], levels=14, cmap="viridis")
-        axis.contour(s["axis"], s["axis"], s[key], levels=14, colors="k", linewidths=0.3)
-        axis.plot([0, 1], [0, 0], "wo-", ms=6, mec="k", lw=1)
-        axis.annotate("x", (0, 0), xytext=(-12, 6), textcoords="offset points", color="w", weight="bold")
-        axis.annotate("x*", (1, 0), xytext=(5, 6), textcoords="offset points", color="w", weight="bold")
-        axis.set(title=title, xlabel="along x* - x", ylabel="random sign direction")
-        axis.grid(False)
-        figure.colorbar(filled, ax=axis, label="CE" if key == "ce" else "E")
-    _finish(figure, save)
+def energy_slices(slices: Mapping[str, dict], key: str = "ce", save: Save = None) -> None:
+    """Loss or energy on a plane around one image, a panel per model: x at (0, 0), x* at (1, 0)."""
+    labels = dict(xlabel="along x* - x", ylabel="random sign direction")
+    words = dict(textcoords="offset points", color="w", weight="bold")
+    with _panels(save, 3.9, 3.4, list(slices), **labels) as axes:
+        for axis, s in zip(axes, slices.values(), strict=True):
+            filled = axis.contourf(s["axis"], s["axis"], s[key], levels=14, cmap="viridis")
+            axis.contour(s["axis"], s["axis"], s[key], levels=14, colors="k", linewidths=0.3)
+            axis.plot([0, 1], [0, 0], "wo-", ms=6, mec="k", lw=1)
+            axis.annotate("x", (0, 0), (-12, 6), **words)
+            axis.annotate("x*", (1, 0), (5, 6), **words)
+            axis.grid(False)
+            plt.colorbar(filled, ax=axis, label=dict(ce="CE", E="E")[key])
 
 
-def image_rows(rows: Mapping[str, np.ndarray], columns: int = 10, save: str | Path | None = None) -> None:
-    """Rows of images (N, C, H, W) in [0, 1], a label before each row."""
-    figure, axes = plt.subplots(len(rows), columns, figsize=(columns * 0.95 + 1, len(rows)), squeeze=False)
-    for line, (name, images) in zip(axes, rows.items(), strict=True):
+def _mosaic(save: Save, rows: Sequence[tuple[str, Tensor]], top: Names = (), under: Names = (),
+            title: str = "", size: float = 0.8) -> None:
+    """Rows (label, images), with words above the first row and under the last."""
+    columns = max(len(images) for _, images in rows)
+    height = (size + 0.16 * bool(under)) * len(rows) + 0.5 * bool(top or title)
+    options = dict(squeeze=False, subplot_kw=dict(xticks=[], yticks=[], frameon=False))
+    axes = plt.subplots(len(rows), columns, figsize=(size * columns + 1, height), **options)[1]
+    for line, (name, images) in zip(axes, rows, strict=True):
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
         for axis, image in zip(line, images, strict=False):
-            axis.imshow(image.transpose(1, 2, 0).squeeze(), cmap="gray", vmin=0, vmax=1)
-        for axis in line:
-            axis.axis("off")
-        line[0].text(-0.15, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
-    _finish(figure, save)
+            white = 1 if image.is_floating_point() else 255
+            axis.imshow(image.permute(1, 2, 0).cpu().numpy(), cmap="gray", vmin=0, vmax=white)
+    for axis, word in zip(axes[0], top, strict=False):
+        axis.set_title(word, fontsize=8)
+    for axis, word in zip(axes[-1], under, strict=False):
+        axis.set_xlabel(word, fontsize=7, labelpad=1)
+    if title:
+        plt.suptitle(title, fontsize=10)
+    _finish(save)
+
+
+def sample_grid(x: Tensor, y: Tensor, names: Names, title: str = "", save: Save = None) -> None:
+    """A row per class with its first ten images: no selection."""
+    rows = [(names[c], x[y == c][:10]) for c in y.unique().tolist()]
+    _mosaic(save, rows, title=title, size=0.62)
+
+
+def compare_sets(sets: dict[str, Tensor], labels: Tensor, names: Names, save: Save = None) -> None:
+    """The first ten images of each set (a model, an init, ...), the same samples in a column."""
+    rows = [(name, images[:10]) for name, images in sets.items()]
+    _mosaic(save, rows, [names[c] for c in labels[:10].tolist()])
+
+
+def start_and_result(samples: generate.Samples, names: Names, save: Save = None) -> None:
+    """The first ten samples: x0 above, the result under it, with class and steps."""
+    top = [names[c] for c in samples.labels[:10].tolist()]
+    under = [f"{steps} steps" for steps in samples.steps[:10].tolist()]
+    _mosaic(save, [("x0", samples.x0[:10]), ("result", samples.images[:10])], top, under)
+
+
+def nearest_neighbours(samples: generate.Samples, train: Tensor, names: Names,
+                       save: Save = None) -> None:
+    """The first ten samples above their nearest training images, with the L2 distance."""
+    distance, index = metrics.nearest_train(samples.images[:10], train)
+    rows = [("sample", samples.images[:10]), ("nearest train", train[index.to(train.device)])]
+    under = [f"L2 {d:.1f}" for d in distance.tolist()]
+    _mosaic(save, rows, [names[c] for c in samples.labels[:10].tolist()], under)
+
+
+def film_strip(chains: sampler.Chains, names: Names, n: int = 4, save: Save = None) -> None:
+    """The first n chains, a column per recorded step (`Job.run` with ``frames_every``)."""
+    rows = [(names[c], chains.frames[:, i]) for i, c in enumerate(chains.labels[:n].tolist())]
+    _mosaic(save, rows, [f"step {t}" for t in chains.frame_steps])
+
+
+def energy_traces(chains: sampler.Chains, reference: sampler.Reference, names: Names,
+                  classes: Sequence[int] | None = None, save: Save = None) -> None:
+    """E(x, y) of traced chains up to their stop, a panel per class; bands: 50, 90 % of real x."""
+    classes = list(chains.labels.unique().tolist() if classes is None else classes)[:5]
+    with _panels(save, 3.2, 3, [names[c] for c in classes], sharey=True, xlabel="step") as axes:
+        for axis, c in zip(axes, classes, strict=True):
+            q = np.quantile(reference.of(c).cpu().numpy(), [0.05, 0.25, 0.5, 0.75, 0.95])
+            axis.axhspan(q[0], q[4], color="0.9", zorder=0)
+            axis.axhspan(q[1], q[3], color="0.78", zorder=0)
+            axis.axhline(q[2], color="0.3", lw=1, ls=":")
+            for i in (chains.labels == c).nonzero().flatten().tolist():
+                values = chains.trace[: chains.steps[i] + 1, 0, i].cpu().numpy()
+                axis.plot(values, color=COLORS[0], lw=0.9, alpha=0.8)
+                axis.plot(len(values) - 1, values[-1], "o", color="0.1", ms=3)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        axes[0].set_ylabel("E(x, y)")
+
+
+def energy_densities(sets: Mapping[str, Any], xlabel: str = "E(x, y)", save: Save = None) -> None:
+    """Densities of energies as outlines: real images, starts, results."""
+    values = {name: np.asarray(v, dtype=float) for name, v in sets.items()}
+    ends = np.quantile(np.concatenate(list(values.values())), [0.002, 0.998])
+    bins = np.linspace(*ends, int(np.clip(min(map(len, values.values())) / 12, 10, 40)))
+    with _panels(save, 5.6, 3.2, xlabel=xlabel, ylabel="density", ylim=(0, None)) as (axis,):
+        for i, (name, v) in enumerate(values.items()):
+            density, _ = np.histogram(np.clip(v, *ends), bins, density=True)
+            _line(axis, i, name, (bins[1:] + bins[:-1]) / 2, density)
+
+
+def steps_histogram(sets: Mapping[str, generate.Samples], save: Save = None) -> None:
+    """Share of chains that still move after each step: adaptive stopping saves what is above."""
+    at = np.arange(max(int(s.steps.max()) for s in sets.values()) + 1)
+    settings = dict(xlabel="step", ylabel="share of chains still moving", ylim=(-0.02, 1.02))
+    with _panels(save, 5.2, 3.2, **settings) as (axis,):
+        for i, (name, s) in enumerate(sets.items()):
+            moving = (s.steps.numpy() > at[:, None]).mean(1)
+            _line(axis, i, f"{name}: {s.steps.double().mean():.1f} on average", at, moving)
+
+
+def trade_off(curves: dict, x: str, y: str, word: str, floor: pd.Series, save: Save = None) -> None:
+    """Columns y over x of tables, a line per dial, points named by a third; dashed: the floor."""
+    with _panels(save, 5.8, 4.0, xlabel=x, ylabel=y) as (axis,):
+        for i, (name, table) in enumerate(curves.items()):
+            axis.plot(table[x], table[y], color=COLORS[i], marker=MARKERS[i], label=name, ms=5)
+            shift, side = [((5, 4), "left"), ((5, -9), "left"), ((-5, -9), "right")][i % 3]
+            words = dict(textcoords="offset points", fontsize=7, ha=side, color=COLORS[i])
+            for *place, text in table[[x, y, word]].itertuples(index=False):
+                axis.annotate(str(text), place, shift, **words)
+        axis.axvline(floor[x], color="0.3", ls="--", lw=1, label="real images")
+        axis.axhline(floor[y], color="0.3", ls="--", lw=1)
+
+
+def class_bars(per_class: pd.DataFrame, column: str, sets: Names, save: Save = None) -> None:
+    """One column of the per-class table as grouped bars."""
+    table = pd.DataFrame({name: per_class.loc[name][column] for name in sets})
+    with _panels(save, 1.5 + 0.75 * len(table), 3.2, ylabel=column) as (axis,):
+        _bars(axis, table, sets, turn=30)
+        above = dict(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+        axis.legend(fontsize=8, ncols=len(sets), **above)

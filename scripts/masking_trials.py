@@ -1,10 +1,10 @@
-"""Verdicts of the gradient-masking checks on the finished runs of a suite, beside what is known of those runs.
+"""Verdicts of the gradient-masking checks on the finished runs of a suite, beside what is known.
 
-    python -m derkit.suite figures/suites/co_fashion_mini.json --jobs 2      # leaves the checkpoints under $DERKIT_HOME
-    python scripts/masking_trials.py figures/suites/co_fashion_mini.json     # writes figures/records/co_fashion_mini/masking.json
+    python -m experiments.run co_fashion_mini --jobs 2   # leaves checkpoints under $DERKIT_HOME
+    python -m scripts.masking_trials co_fashion_mini     # writes figures/records/.../masking.json
 
-A run counts as collapsed where `derkit.diagnosis.co_onset` finds it in the record; the checks see the network after the last epoch
-and the first test images, nothing of the record.
+A run counts as collapsed where `co_onset` finds it in the record; the checks see the network after
+the last epoch and the first test images, nothing of the record.
 """
 
 from __future__ import annotations
@@ -14,41 +14,42 @@ import sys
 
 import torch
 
-from derkit import load_dataset, load_model
-from derkit.diagnosis import co_onset
-from derkit.manifest import read_manifest
-from derkit.masking import gradient_masking
-from derkit.records import Run, environment, write_json
-from derkit.results import records_folder
+from derkit.data import Split, load_dataset
+from derkit.diagnosis.masking import gradient_masking
+from derkit.diagnosis.overfitting import co_onset
+from derkit.records import Run, environment, records_folder
+from derkit.util import write_json
+from experiments.suites import planned
 
 
-def trial(job, test, images: int) -> dict:
+def trial(label: str, run: Run, test: Split, images: int) -> dict:
     """One row: the run, what its record says, the verdict, and every check's two numbers."""
-    run = Run(job.folder)
-    report = gradient_masking(load_model(job.folder / "final.pt"), test, job.config.eps, norm=job.config.norm, images=images)
-    final = run.final["last"]
-    return dict(label=job.label, seed=job.config.seed, collapsed=co_onset(run) is not None, fgsm=final["fgsm"], strong=final.get("strong"),
-                verdict=report.verdict, reasons=[c.name for c in report.reasons],
-                checks={c.name: dict(found=round(c.found, 4), bound=round(c.bound, 4)) for c in report.checks})
+    train, last = run.config["train"], run.final["last"]
+    report = gradient_masking(run.model(), test, train["eps"], norm=train["norm"], images=images)
+    checks = {c.name: dict(found=round(c.found, 4), bound=round(c.bound, 4)) for c in report.checks}
+    return dict(label=label, seed=train["seed"], collapsed=co_onset(run) is not None,
+                fgsm=last["fgsm"], strong=last.get("strong"), verdict=report.verdict,
+                reasons=[c.name for c in report.reasons], checks=checks)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("manifest")
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite")
     parser.add_argument("--images", type=int, default=200)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    jobs = [job for job in read_manifest(options.manifest) if (job.folder / "final.json").is_file()]
-    if not jobs:
-        sys.exit(f"no finished runs of {options.manifest} under $DERKIT_HOME: run python -m derkit.suite {options.manifest} first.")
-    test = load_dataset(jobs[0].config.dataset).test
-    rows = []
-    for job in jobs:
-        rows.append(trial(job, test, options.images))
+    runs = [(run.label, run.finished(run.folder)) for run in planned(options.suite)]
+    runs = [(label, run) for label, run in runs if run]
+    if not runs:
+        sys.exit(f"no finished runs: run python -m experiments.run {options.suite} first.")
+    test, rows = load_dataset(runs[0][1].config["train"]["dataset"]).test, []
+    for label, run in runs:
+        rows.append(trial(label, run, test, options.images))
         print({k: v for k, v in rows[-1].items() if k != "checks"}, flush=True)
-    out = records_folder() / jobs[0].suite / "masking.json"
-    write_json(out, dict(images=options.images, rows=rows, env=environment(torch.device("cpu"), "fp32", "the runs'")))
-    print(f"wrote {out}")
+    env = environment(torch.device("cpu"), "fp32", "the runs'")
+    out = records_folder() / options.suite / "masking.json"
+    write_json(out, dict(images=options.images, rows=rows, env=env))
     return 0
 
 

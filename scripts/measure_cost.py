@@ -1,38 +1,39 @@
 """Cost of a training step of every run of a suite, relative to the first one, on this machine.
 
-    python scripts/measure_cost.py figures/suites/co_fashion_mini.json
+    python -m scripts.measure_cost co_fashion_mini
 
-Steps of all methods take turns, so that a busy machine slows all of them alike; the median of the CPU time per step on one
-thread is compared. Writes figures/records/<suite>/cost.json.
+Steps of all methods take turns, so that a busy machine slows all of them alike; the median of the
+CPU time per step on one thread is compared. Writes figures/records/<suite>/cost.json.
 """
 
 import statistics
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 
-from derkit import losses
-from derkit.data import load_dataset
-from derkit.evaluation import make_generator
-from derkit.manifest import read_manifest
-from derkit.records import environment, write_json
-from derkit.results import records_folder
-from derkit.training import model_from_config, train_step
+from derkit.config import TrainConfig
+from derkit.data import Dataset, load_dataset
+from derkit.records import environment, records_folder
+from derkit.training.loop import model_from_config, train_step
+from derkit.training.objectives import Objective, make_regularizer
+from derkit.util import make_generator, write_json
+from experiments.suites import planned
 
 ROUNDS, BATCH = 15, 128
 
 
-def stepper(config, data):
+def stepper(config: TrainConfig, data: Dataset) -> Callable[[], float]:
     """A function that takes one training step of the config and returns its CPU seconds."""
     model = model_from_config(config, data)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     x, y = next(data.train.batches(BATCH))
-    state: dict = {}
+    parts = Objective(config), make_regularizer(config, model), config.strength
 
     def step() -> float:
         began = time.process_time()
-        loss, _ = train_step(losses.Step(model, x, y, config, make_generator("cpu", 0), 1.0, state=state))
+        loss, _ = train_step(model, x, y, *parts, make_generator("cpu", 0))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -41,23 +42,22 @@ def stepper(config, data):
     return step
 
 
-def main(manifest: str) -> None:
+def main(suite: str) -> None:
     torch.set_num_threads(1)
-    jobs = {job.label: job for job in sorted(read_manifest(manifest), key=lambda j: (j.order, -j.config.seed))}
-    data = load_dataset(next(iter(jobs.values())).config.dataset)
-    steppers = {label: stepper(job.config, data) for label, job in jobs.items()}
+    configs = {run.label: run.config for run in planned(suite)}
+    data = load_dataset(next(iter(configs.values())).dataset)
+    steppers = {label: stepper(config, data) for label, config in configs.items()}
     times: dict[str, list[float]] = {label: [] for label in steppers}
     for _ in range(ROUNDS + 2):
         for label, step in steppers.items():
             times[label].append(step())
     medians = {label: statistics.median(t[2:]) for label, t in times.items()}
     base = next(iter(medians.values()))
-    ratios = {label: round(m / base, 2) for label, m in medians.items()}
-    suite = next(iter(jobs.values())).suite
-    write_json(records_folder() / suite / "cost.json",
-               dict(ratio=ratios, rounds=ROUNDS, batch=BATCH, clock="CPU time, one thread",
-                    env=environment(torch.device("cpu"), "fp32", "the suite's")))
-    print(ratios)
+    ratios = {label: round(median / base, 2) for label, median in medians.items()}
+    env = environment(torch.device("cpu"), "fp32", "the suite's")
+    write_json(records_folder() / suite / "cost.json", dict(
+        ratio=ratios, rounds=ROUNDS, batch=BATCH, clock="CPU time, one thread", env=env))
+    print(f"{env['cpu']}: {ratios}")
 
 
 if __name__ == "__main__":

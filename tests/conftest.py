@@ -10,20 +10,25 @@ import torch
 from hypothesis import settings
 from torch.nn import functional as F
 
-from derkit.checkpoint import load_model
 from derkit.config import TrainConfig
 from derkit.data import load_dataset
-from derkit.evaluation import make_generator
 from derkit.models import build_model
-from derkit.training import train
+from derkit.training.loop import train
+from derkit.util import make_generator
 
-settings.register_profile("derkit", deadline=None, max_examples=40, derandomize=True, database=None)
+settings.register_profile(
+    "derkit", deadline=None, max_examples=40, derandomize=True, database=None
+)
 settings.load_profile("derkit")
+
+SMALL = dict(width=4, epochs=2, batch_size=32, steps=2, eval_steps=2, eval_size=16, probe_size=8)
+SMALL |= dict(final_size=16, final_steps=2, strong_size=0, eps=0.1, device="cpu")
+SMALL |= dict(precision="fp32")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Bit-equal results are promised on one thread."""
+    """Digits are compared on one thread, and two would wait for other processes."""
     torch.set_num_threads(1)
 
 
@@ -45,11 +50,8 @@ def mini():
 @pytest.fixture(scope="session")
 def tiny(mini):
     """64 training, 32 validation and 32 test images of it."""
-    parts = {
-        "train": mini.train.take(slice(64)),
-        "valid": mini.valid.take(slice(32)),
-        "test": mini.test.take(slice(32)),
-    }
+    sizes = dict(train=64, valid=32, test=32)
+    parts = {name: getattr(mini, name).take(slice(n)) for name, n in sizes.items()}
     return replace(mini, **parts, sha256="tiny")
 
 
@@ -91,28 +93,13 @@ def trained(_trained):
 
 
 @pytest.fixture(scope="session")
-def toy_run(tmp_path_factory):
-    """A factory of models of the kit's own training, on 1000 bundled images in float64; trained once a session."""
-    made = {}
-
-    def train_once(**options):
-        key = tuple(sorted(options.items()))
-        if key not in made:
-            small = dict(width=6, train_size=1000, batch_size=32, eval_size=32, eval_steps=2, probe_size=8, final_size=32, final_steps=2,
-                         strong_size=0, probe_every=100, device="cpu", precision="fp64")
-            config = TrainConfig.make("fashion_mini", **(small | options))
-            data, folder = load_dataset(train_size=config.train_size), tmp_path_factory.mktemp("toy") / "run"
-            run = train(config, data, folder=folder, verbose=False)
-            made[key] = load_model(run.folder / "final.pt").float()
-        return made[key]
-
-    return train_once
-
-
-@pytest.fixture(scope="session")
-def robust(toy_run):
-    """A small PGD-trained network (eps 0.1)."""
-    return toy_run(method="pgd", steps=3, eps=0.1, epochs=3, batch_size=20)
+def robust(tmp_path_factory):
+    """A small PGD-trained network (eps 0.1), from the kit's own training in float64."""
+    options = dict(width=6, train_size=1000, batch_size=20, epochs=3, method="pgd", steps=3)
+    config = TrainConfig.make("fashion_mini", **(SMALL | options | dict(precision="fp64")))
+    folder = tmp_path_factory.mktemp("robust") / "run"
+    run = train(config, load_dataset(train_size=1000), folder=folder, verbose=False)
+    return run.model().float()
 
 
 @pytest.fixture
@@ -124,27 +111,7 @@ def batch(mini):
 @pytest.fixture
 def config():
     """A factory of configs at toy size."""
-
-    def make(**overrides):
-        small = dict(
-            width=4,
-            train_size=0,
-            epochs=2,
-            batch_size=32,
-            steps=2,
-            eval_steps=2,
-            eval_size=16,
-            probe_size=8,
-            final_size=16,
-            final_steps=2,
-            strong_size=0,
-            device="cpu",
-            precision="fp32",
-            eps=0.1,
-        )
-        return TrainConfig.make("fashion_mini", **(small | overrides))
-
-    return make
+    return lambda **overrides: TrainConfig.make("fashion_mini", **(SMALL | overrides))
 
 
 @pytest.fixture

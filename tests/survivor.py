@@ -1,118 +1,109 @@
-"""A process that forks children which train or generate at toy size and are killed at a given moment.
+"""Trainings at toy size that are killed again and again: `python -m tests.survivor FOLDER`.
 
-Started once by test_survival.py: torch is imported once, every child begins without a trace of the others. It reads one
-JSON request a line, {"task", "folder", "kill"}, and answers with the child's exit status ("-9": killed).
+Every attempt is a fork of this process, so torch is imported once.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
 import os
+import random
 import signal
 import sys
-import tempfile
-import time
 import traceback
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from derkit import generation, training
+from derkit import util
+from derkit.checkpoint import load_checkpoint, load_state
 from derkit.config import TrainConfig
 from derkit.data import load_dataset
+from derkit.records import read_lines
+from derkit.training import loop, monitor
+from tests.conftest import SMALL
 
-CONFIG = dict(
-    width=4, train_size=0, epochs=3, batch_size=32, steps=2, eval_steps=2, eval_size=16, probe_size=8, final_size=16,
-    final_steps=2, strong_size=8, device="cpu", precision="fp32", eps=0.1, save_every=1,
-)  # fmt: skip
-GENERATE = dict(shard_size=20, init="local_pca", k=8, steps=3, stop="fixed", n=80)
-# Where a child can die, for each task: a function and where it is looked up. 'torn' leaves half of what it wrote.
+# Where a training can die: a function, and the module in which it is looked up.
 POINTS = {
-    "train": ["training.train_step", "training.epoch_evaluation", "training.final_evaluation", "training.append_line",
-              "training.save_checkpoint", "training.write_json", "run_folders.write_json", "run_folders.keep_epochs",
-              "records.os.replace", "records.os.fsync"],
-    "generate": ["generation._range", "generation.append_line", "samples.atomic_write", "generation.write_json",
-                 "records.os.replace", "records.os.fsync", "fits.cached"],
+    "train_step": loop, "save_checkpoint": loop, "save_state": loop, "write_lines": loop,
+    "epoch_evaluation": monitor, "final_evaluation": monitor, "write_json": util,
+    "replace": os, "fsync": os,
 }  # fmt: skip
 
 
-def data():
-    """A few bundled images: 40 of each class to generate from, 64 to train on."""
-    mini = load_dataset()
-    index = torch.cat([(mini.train.labels == c).nonzero().squeeze(1)[:40] for c in range(10)])
-    some = replace(mini, train=mini.train.take(index), sha256="some")
-    parts = dict(train=mini.train.take(slice(64)), valid=mini.valid.take(slice(32)), test=mini.test.take(slice(32)))
-    return dict(train=replace(mini, **parts, sha256="tiny"), generate=some)
+def plain(value):
+    """Values that can be compared whole, tensors by their bytes, times left out."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), value.numpy().tobytes()
+    if isinstance(value, dict):
+        timing = ("seconds", "images_per_s")
+        return {name: plain(part) for name, part in value.items() if name not in timing}
+    return [plain(part) for part in value] if isinstance(value, list | tuple) else repr(value)
 
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
+def record(folder: Path):
+    """What a run leaves behind and what must not depend on how often it was killed."""
+    tables = [util.read_json(folder / name) for name in ("config.json", "final.json")]
+    weights = [load_checkpoint(folder / f"{which}.safetensors") for which in ("best", "final")]
+    return plain([*tables, *weights, load_state(folder / "last.pt"),
+                  read_lines(folder / "metrics.jsonl")])
 
 
 def arm(where: str, call: int, moment: str) -> None:
-    """Kill this process at the n-th call of a function: 'before', 'after', or with its write 'torn'."""
-    module, _, name = where.rpartition(".")
-    owner = importlib.import_module(f"derkit.{module.split('.')[0]}")
-    for part in module.split(".")[1:]:
-        owner = getattr(owner, part)
-    original, left = getattr(owner, name), [call]
+    """Kill this process at the n-th call of a function: 'before' it, 'after', or 'torn'."""
+    original, left = getattr(POINTS[where], where), [call]
 
     def armed(*args, **kwargs):
         left[0] -= 1
-        if left[0] == 0 and moment == "before":
-            die()
-        if left[0] == 0 and moment == "torn" and name == "fsync":
-            os.ftruncate(args[0], os.fstat(args[0]).st_size - os.fstat(args[0]).st_size // 3 - 1)
-            die()
-        out = original(*args, **kwargs)
+        if left[0] == 0 and moment == "torn":  # of fsync: half of what was written is there
+            os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
+        if left[0] or moment == "after":
+            out = original(*args, **kwargs)
         if left[0] == 0:
-            die()
+            os.kill(os.getpid(), signal.SIGKILL)
         return out
 
-    setattr(owner, name, armed)
+    setattr(POINTS[where], where, armed)
 
 
-def work(task: str, folder: str, datasets: dict) -> None:
-    os.environ["DERKIT_HOME"] = str(Path(folder).parent / "home")
-    if task == "train":
-        training.train(TrainConfig.make("fashion_mini", **CONFIG), datasets["train"], folder=folder, verbose=False)
-    else:
-        config = TrainConfig.make("fashion_mini", **CONFIG, seed=5)
-        model = training.model_from_config(config, datasets["generate"]).eval()
-        generation.generate(model, datasets["generate"], folder=folder, verbose=False, **GENERATE)
+def attempt(work, folder: Path, *kill) -> int:
+    """Exit status of a fork that trains: 0, or -9 where it was killed."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        if kill:
+            arm(*kill)
+        work(folder)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
 
 
-def main() -> None:
+def main(root: Path) -> None:
+    """Kill trainings, at most four times each, let them finish, compare with an undisturbed one."""
     torch.set_num_threads(1)
-    datasets = data()
-    with tempfile.TemporaryDirectory() as name:  # whatever is imported or set up on first use: once, not in every child
-        for task in POINTS:
-            work(task, f"{name}/{task}", datasets)
-    for line in sys.stdin:
-        request = json.loads(line)
-        kill, began = request["kill"], time.monotonic()
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                if "where" in kill:
-                    arm(kill["where"], kill["call"], kill["moment"])
-                work(request["task"], request["folder"], datasets)
-                status = 0
-            except Exception:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        if "delay" in kill:
-            while time.monotonic() - began < kill["delay"] and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-                time.sleep(0.002)
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
+    data, config = load_dataset(train_size=64), TrainConfig.make(**SMALL | dict(epochs=3))
+
+    def work(folder):
+        loop.train(config, data, folder=folder, verbose=False)
+
+    work(root / "whole")
+    expected, deaths, rng = record(root / "whole"), 0, random.Random(0)
+    kills = [(where, moment) for where in POINTS for moment in ("before", "after")]
+    kills += [("fsync", "torn")] * 6
+    rng.shuffle(kills)
+    for i in range(0, len(kills), 4):
+        folder = root / str(i)
+        for where, moment in kills[i : i + 4]:
+            status = attempt(work, folder, where, rng.randint(1, 3), moment)
+            assert status in (0, -signal.SIGKILL), (where, moment)
+            deaths += status != 0
+        assert attempt(work, folder) == 0 and record(folder) == expected, kills[i : i + 4]
+        assert not list(folder.glob(".*.tmp")), "what a killed writer left is removed"
+    assert deaths >= 12, deaths
+    print(f"survived {deaths} kills")
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

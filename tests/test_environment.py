@@ -1,114 +1,150 @@
-"""pyproject.toml and environment.yml are in step, and what the package imports is declared."""
+"""What is declared is what is used; data flows one way through the rooms; the house stays small."""
 
 import ast
+import importlib
 import re
+import subprocess
 import sys
 import tomllib
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 
 import derkit
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-THROUGH_OTHERS = {
-    "PIL": "torchvision",
-    "IPython": "ipykernel",
-    "nbformat": "nbclient",
-}  # import name -> the package that brings it
+BY_HAND = {"browser"}  # extras that are not part of all
+THROUGH_OTHERS = dict(PIL="torchvision", IPython="ipykernel", nbformat="nbclient", yaml="pyyaml",
+                      sklearn="scikit_learn")  # fmt: skip
+LOCAL = {"derkit", "experiments", "benchmarks", "scripts", "tests"}
+OPTIONAL = {"torch_fidelity", "pyautoattack", "ipykernel", "tqdm"}
+
+ORDER = """util energy models attacks config checkpoint data records
+    training.der diagnosis.evaluation training.objectives training.monitor diagnosis.overfitting
+    training.loop diagnosis.landscape diagnosis.masking generation.starts generation.sampler
+    generation.generate generation.extractor generation.metrics plots notebook __main__
+    """
+ROOMS = ORDER.split()  # each imports from rooms before it only
+FILES = {name: ROOT / "derkit" / f"{name.replace('.', '/')}.py" for name in ROOMS}
+EMPTY = ["training/__init__.py", "diagnosis/__init__.py", "generation/__init__.py"]
+
+
+def nodes(path, kinds=(ast.Import, ast.ImportFrom)):
+    """(node, whether it stands at the top level of the file) of every import."""
+    tree = ast.parse(path.read_text())
+    return [(node, node in tree.body) for node in ast.walk(tree) if isinstance(node, kinds)]
+
+
+def modules(node):
+    """The modules that an import may load: of ``from a import b`` a and a.b."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+
+
+def rooms_of(path):
+    """The rooms that a file imports, by their names in the contract."""
+    found = {name.removeprefix("derkit.") for node, _ in nodes(path) for name in modules(node)}
+    return found & set(ROOMS)
+
+
+def packages_of(path, top=None):
+    """Names of the foreign packages that a file imports."""
+    found = {modules(node)[0].partition(".")[0] for node, at_top in nodes(path)
+             if top is None or at_top == top}
+    return {THROUGH_OTHERS.get(n, n).lower() for n in found - set(sys.stdlib_module_names) - LOCAL}
 
 
 def names(requirements):
     return {re.match(r"[A-Za-z0-9_.-]+", r)[0].lower().replace("-", "_") for r in requirements}
 
 
-def imported(path, top_level_only):
-    tree = ast.parse(path.read_text())
-    found = set()
-    for node in tree.body if top_level_only else ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {a.name.split(".")[0] for a in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.split(".")[0])
-    return found - set(sys.stdlib_module_names) - {"derkit"}
+CORE = names(PROJECT["dependencies"])
+ALL = CORE | names(r for extra in EXTRAS.values() for r in extra)
 
 
-def test_environment_yml_is_thin_and_in_step():
+def test_environment_yml_and_pyproject_are_in_step():
     """Names and floors stand in pyproject.toml only; conda brings Python and pip."""
-    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
-    assert environment == dict(
-        name=PROJECT["name"],
-        channels=["conda-forge"],
-        dependencies=[f"python{PROJECT['requires-python']}", "pip", {"pip": ["-e .[all]"]}],
-    )
-
-
-def test_all_is_the_union_of_the_extras():
-    """All but those that are installed by hand."""
-    (everything,) = EXTRAS["all"]
-    assert (
-        set(re.match(r"derkit\[(.*)\]", everything)[1].split(","))
-        == set(EXTRAS) - {"all", "grid", "browser"}
-        == {"notebook", "test", "eval", "peers"}
-    )
+    python = f"python{PROJECT['requires-python']}"
+    assert environment == dict(name="derkit", channels=["conda-forge"],
+                               dependencies=[python, "pip", {"pip": ["-e .[all]"]}])
+    listed = re.fullmatch(r"derkit\[(.*)\]", EXTRAS["all"][0])[1].split(",")
+    assert set(listed) == set(EXTRAS) - BY_HAND - {"all"}
 
 
 def test_floors_without_upper_pins():
-    requirements = [*PROJECT["dependencies"], *(r for name, extra in EXTRAS.items() if name != "all" for r in extra)]
+    lists = [PROJECT["dependencies"], *(v for name, v in EXTRAS.items() if name != "all")]
+    requirements = sum(lists, [])
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+>=[0-9.]+", r) for r in requirements), requirements
-    assert len(names(requirements)) == len(requirements)
-    assert len(PROJECT["dependencies"]) <= 8 and "torchattacks" not in names(requirements)
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "derkit").glob("*.py")), ids=lambda p: p.stem)
-def test_imports_are_declared(path):
-    """Top-level imports are core dependencies; those inside functions may come from an extra."""
-    core = names(PROJECT["dependencies"])
-    assert imported(path, True) <= core
-    extras = core | names(r for extra in EXTRAS.values() for r in extra)
-    for name in imported(path, False):
-        assert THROUGH_OTHERS.get(name, name.lower()) in extras | {"ipywidgets"}, name
-
-
-def test_tests_import_nothing_undeclared():
-    """Oracles are optional: they are reached through importorskip only."""
-    declared = names(PROJECT["dependencies"]) | names(r for extra in EXTRAS.values() for r in extra)
-    local = {p.stem for p in (ROOT / "tests").glob("*.py")} | {"tests"}
-    for path in (ROOT / "tests").glob("*.py"):
-        assert {THROUGH_OTHERS.get(n, n.lower()) for n in imported(path, False)} <= declared | local, path.name
+    assert len(names(requirements)) == len(requirements) and len(CORE) <= 12
 
 
 def test_version_and_package_data():
-    assert derkit.__version__ == PROJECT["version"] == version("derkit")
-    text = (ROOT / "pyproject.toml").read_text()
-    assert 'derkit = ["assets/*"]' in text and (ROOT / "derkit" / "assets" / "fashion_mini.npz").is_file()
+    assert derkit.__version__ == PROJECT["version"]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert settings["package-data"] == {"derkit": ["assets/*"]}
+    folders = {p.parent.relative_to(ROOT) for p in (ROOT / "derkit").rglob("*.py")}
+    assert set(settings["packages"]) == {".".join(folder.parts) for folder in folders}
 
 
-def test_notebook_runs_are_private(request):
-    """The top-level conftest gives notebook kernels a fresh DERKIT_HOME, no bars, and leaves stderr uncompared."""
+@pytest.mark.parametrize("name", ROOMS)
+def test_a_room_imports_from_the_rooms_above_it_only(name):
+    """All at the top of the file, but for packages that are heavy and optional."""
+    above, path = ROOMS[:ROOMS.index(name)], FILES[name]
+    assert rooms_of(path) <= set(above)
+    assert packages_of(path, True) <= CORE and packages_of(path, False) <= OPTIONAL
+    assert not [n for n, at_top in nodes(path) if not at_top and "derkit" in modules(n)[0]]
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree) and ".cuda(" not in path.read_text()
+    for node, _ in nodes(path, ast.ImportFrom):
+        assert node.level == 0 and node.names[0].name != "*"
+
+
+def test_the_house_is_small():
+    files = sorted((ROOT / "derkit").rglob("*.py"))
+    known = {*FILES.values(), ROOT / "derkit/__init__.py", *(ROOT / "derkit" / e for e in EMPTY)}
+    assert set(files) == known and len(files) <= 28
+    lines = {path: len(path.read_text().splitlines()) for path in files}
+    assert sum(lines.values()) <= 5030  # to be lowered towards 4,700, never raised
+    assert all(lines[ROOT / "derkit" / empty] == 1 for empty in EMPTY)
+
+
+@pytest.mark.parametrize("folder", ["derkit", "tests", "experiments", "scripts", "benchmarks"])
+def test_lines_fit_and_imports_are_declared(folder):
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        long = [i for i, s in enumerate(path.read_text().splitlines(), 1) if len(s) > 100]
+        assert not long, f"{path}: lines {long} are over 100 columns"
+        local = {p.stem for p in path.parent.glob("*.py")}
+        assert packages_of(path) <= ALL | local | {"torchattacks"}, path
+
+
+def test_every_public_name_is_there_without_plots_or_notebooks():
+    assert all(hasattr(derkit, name) for name in derkit.__all__)
+    assert len(set(derkit.__all__)) == len(derkit.__all__)
+    for name in ROOMS:
+        importlib.import_module(f"derkit.{name}")
+    heavy = {"matplotlib.pyplot", "IPython", "tyro", "torch_fidelity"}
+    code = f"import sys, derkit; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_notebook_kernels_start_private_and_quiet(request):
+    """The top conftest: a fresh DERKIT_HOME, no bars, and outputs that differ uncompared."""
     source = (ROOT / "conftest.py").read_text()
-    for word in (
-        'os.environ["DERKIT_HOME"]',
-        'os.environ["TQDM_DISABLE"] = "1"',
-        "pytest_collectstart",
-        '"stderr"',
-        '"text/html"',
-    ):
-        assert word in source
-    plugin = next(
-        p
-        for p in request.config.pluginmanager.get_plugins()
-        if getattr(p, "__file__", None) == str(ROOT / "conftest.py")
-    )
+    assert 'os.environ["DERKIT_HOME"]' in source and 'os.environ["TQDM_DISABLE"] = "1"' in source
+    plugins = request.config.pluginmanager.get_plugins()
+    (plugin,) = [p for p in plugins if getattr(p, "__file__", "") == str(ROOT / "conftest.py")]
 
     class Collector:
         skip_compare = ("metadata",)
 
     collector = Collector()
     plugin.pytest_collectstart(collector)
-    assert set(collector.skip_compare) == {"metadata", "stderr", "text/html", "image/svg+xml", "application/pdf"}
     plugin.pytest_collectstart(object())  # other collectors pass through
+    uncompared = {"metadata", "stderr", "text/html", "image/svg+xml", "application/pdf"}
+    assert set(collector.skip_compare) == uncompared

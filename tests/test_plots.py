@@ -1,59 +1,109 @@
-"""Every figure can be drawn from records and arrays, returns nothing and is written where asked."""
+"""Every figure can be drawn from records and arrays; make_figures.py draws those of figures/."""
 
-import numpy as np
-import pandas as pd
-import pytest
+from types import SimpleNamespace
 
-matplotlib = pytest.importorskip("matplotlib")
+import matplotlib
+
 matplotlib.use("Agg")
 
-from derkit import plots  # noqa: E402
-from derkit.diagnosis import AttackEnergies, co_alarms, detection_roc  # noqa: E402
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
-from .test_diagnosis import collapsed, make_run  # noqa: E402
+from derkit import plots  # noqa: E402
+from derkit.diagnosis.overfitting import co_alarms  # noqa: E402
+from derkit.records import load_records, records_folder  # noqa: E402
+from derkit.util import DerkitError  # noqa: E402
+from scripts import make_figures  # noqa: E402
 
 rng = np.random.default_rng(0)
+NAMES = ["bag", "coat"]
+labels = torch.arange(12) % 2
+steps = torch.arange(12)
+images = torch.from_numpy(rng.integers(0, 256, (12, 1, 8, 8), dtype=np.uint8))
+samples = SimpleNamespace(images=images, x0=images.flip(2), labels=labels, steps=steps)
+trace, frames = (torch.from_numpy(rng.random(s)) for s in ((12, 3, 12), (3, 12, 3, 8, 8)))
+chains = SimpleNamespace(labels=labels, steps=steps, trace=trace, frames=frames,
+                         frame_steps=[0, 4, 8])
+reference = SimpleNamespace(of=lambda c: torch.linspace(0, 1, 9) + c)
+E, E_adv, Ey, Ey_adv = rng.normal(size=(4, 50))
+attack = SimpleNamespace(attack="PGD", E=E, E_adv=E_adv, Ey=Ey, Ey_adv=Ey_adv)
+u = np.linspace(0, 1, 5)
+path = dict(u=u, E=rng.normal(size=(5, 4)), ce=rng.normal(size=(5, 4)))
+slices = {"m": dict(axis=u, ce=rng.random((5, 5)), E=rng.random((5, 5)))}
+bars = pd.DataFrame({"clean": [0.8, 0.7], "clean min": 0.6, "clean max": 0.9, "pgd": 0.4}, NAMES)
+by_eps = [dict(method=m, eps=e, mean=0.5, min=0.4, max=0.6) for m in "ab" for e in (8, 16)]
+strength = [{"model": m, "attack": a, "eps": e, "dE(x)": e} for m in "mn" for a in "FP"
+            for e in (0.1, 0.2)]
+dial = pd.DataFrame({"recall": [0.1, 0.2], "CFD": [3.0, 2.0], "tau": ["0", "1"]})
+index = pd.MultiIndex.from_product([["floor", "local"], NAMES])
 
 
-def energies(name="PGD"):
-    values = [rng.normal(size=50) for _ in range(4)]
-    return AttackEnergies(name, 0.1, *values, rng.random(50) < 0.5)
+def runs(label):
+    return load_records("ro_fashion_mini" if label == "pgd" else "co_fashion_mini")[label]
 
 
-def full_run(tmp_path, name="run"):
-    run = make_run(tmp_path, **collapsed(12), name=name)
-    for column in ("valid_pgd_dE", "probe_pgd_dE", "valid_clean"):
-        run.epochs[column] = 0.1
-    return run
+FIGURES = {  # function: arguments
+    "overfitting_curves": lambda: [{"fgsm": runs("fgsm")[0]}],
+    "overfitting_curves ro": lambda: [{"a": runs("pgd")[0], "b": runs("pgd")[1]}, "ro"],
+    "signal_curves": lambda: [runs("fgsm")[0], co_alarms(runs("fgsm")[0])],
+    "compare_runs": lambda: [{"a": runs("fgsm"), "b": runs("n_fgsm")[:1]}, "valid_pgd", "PGD"],
+    "result_bars": lambda: [bars, ["clean", "pgd"]],
+    "accuracy_by_eps": lambda: [pd.DataFrame(by_eps)],
+    "energy_histograms": lambda: [{"m": [attack, attack], "n": [attack]}, "Ey"],
+    "energy_map": lambda: [{"m": attack, "n": attack}],
+    "delta_by_strength": lambda: [pd.DataFrame(strength)],
+    "roc_curves": lambda: [{"m": (u, u, 0.5)}],
+    "energy_paths": lambda: [{"m": path}, "ce"],
+    "energy_slices": lambda: [slices, "E"],
+    "sample_grid": lambda: [images, labels, NAMES, "a title"],
+    "compare_sets": lambda: [{"grey": images, "colour": frames[0]}, labels, NAMES],
+    "start_and_result": lambda: [samples, NAMES],
+    "nearest_neighbours": lambda: [samples, images, NAMES],
+    "film_strip": lambda: [chains, NAMES],
+    "energy_traces": lambda: [chains, reference, NAMES],
+    "energy_densities": lambda: [{"real": E, "x0": torch.from_numpy(E_adv)}],
+    "steps_histogram": lambda: [{"quantile": samples}],
+    "trade_off": lambda: [{"tau": dial}, "recall", "CFD", "tau", dial.iloc[0]],
+    "class_bars": lambda: [pd.DataFrame({"CKD": rng.random(4)}, index), "CKD", ["floor", "local"]],
+}
 
 
-def draw(fn, *args, tmp_path, **options):
-    target = tmp_path / "figure.png"
-    assert fn(*args, save=target, **options) is None
-    assert target.stat().st_size > 2000
-    assert not plots.plt.get_fignums(), "the figure was closed"
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_is_drawn_saved_and_closed(name, tmp_path):
+    target = tmp_path / "new folder" / "figure.png"
+    assert getattr(plots, name.split()[0])(*FIGURES[name](), save=target) is None
+    pixels = plt.imread(target)[..., :3]
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20, "more than a frame"
+    assert not plt.get_fignums()
 
 
-def test_training_figures(tmp_path):
-    runs = {"a": full_run(tmp_path, "a"), "b": full_run(tmp_path, "b")}
-    for kind in ("co", "ro"):
-        draw(plots.overfitting_curves, runs, kind, tmp_path=tmp_path)
-    draw(plots.signal_curves, runs["a"], co_alarms(runs["a"]), tmp_path=tmp_path)
-    draw(plots.compare_runs, {"a": [runs["a"], runs["b"]]}, "valid_pgd", "accuracy", tmp_path=tmp_path)
-    table = pd.DataFrame({"clean": [0.8, 0.7], "clean min": [0.7, 0.6], "clean max": [0.9, 0.8], "pgd": [0.4, 0.5]}, index=["a", "b"])
-    draw(plots.result_bars, table, ["clean", "pgd"], tmp_path=tmp_path)
+def test_unknown_kind():
+    with pytest.raises(DerkitError, match="unknown kind 'rho'. Did you mean 'ro'"):
+        plots.overfitting_curves({"fgsm": runs("fgsm")[0]}, "rho")
+    assert not plt.get_fignums()
 
 
-def test_energy_figures(tmp_path):
-    draw(plots.energy_histograms, {"m": [energies(), energies("FGSM")]}, tmp_path=tmp_path)
-    draw(plots.energy_map, {"m": energies(), "n": energies()}, tmp_path=tmp_path)
-    table = pd.DataFrame([{"model": m, "attack": a, "eps": e, "dE(x)": e} for m in "mn" for a in ("F", "P") for e in (0.1, 0.2)])
-    draw(plots.delta_by_strength, table, tmp_path=tmp_path)
-    draw(plots.roc_curves, {"m": detection_roc(rng.normal(size=20), rng.normal(size=20))}, tmp_path=tmp_path)
+def test_every_public_figure_is_drawn_here():
+    public = {name for name, value in vars(plots).items() if not name.startswith("_")
+              and getattr(value, "__module__", "") == plots.__name__}
+    assert public - {"use_style"} == {name.split()[0] for name in FIGURES}
 
 
-def test_landscape_figures(tmp_path):
-    path = {"u": np.linspace(0, 1, 5), "E": rng.normal(size=(5, 4)), "ce": rng.normal(size=(5, 4))}
-    draw(plots.energy_paths, {"m": path}, key="ce", tmp_path=tmp_path)
-    draw(plots.energy_slices, {"m": {"axis": np.linspace(-1, 1, 5), "ce": rng.random((5, 5))}}, tmp_path=tmp_path)
-    draw(plots.image_rows, {"x": rng.random((10, 1, 8, 8))}, tmp_path=tmp_path)
+def test_the_figures_of_the_repository_come_from_its_records(tmp_path, capsys, monkeypatch):
+    """By name. Layout is most of the time, and pictures are the same under one matplotlib only:
+    so each figure is made up to its end, and an empty file stands for it."""
+    def finish(save, *_, **__):
+        save.touch()
+        plt.close()
+
+    monkeypatch.setattr(plots, "_finish", finish)
+    with matplotlib.rc_context():
+        make_figures.main(["--out", str(tmp_path)])
+    committed = {path.name for path in records_folder().parent.glob("*.png")}
+    assert {path.name for path in tmp_path.iterdir()} == committed
+    skipped = capsys.readouterr().out.count("skipped")
+    drawn = len(make_figures.CURVES) + len(make_figures.BY_EPS) - skipped
+    assert drawn + 1 + 3 == len(committed), "curves, bars, and grids of samples"

@@ -1,113 +1,94 @@
-"""Records: atomic files, JSON lines that survive a kill, run folders."""
+"""Records: JSON lines, run folders, committed records, groups and tables."""
+
+from __future__ import annotations
 
 import json
 import math
-import os
+from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
+from torch import nn
 
 from derkit import records
-from derkit.errors import DerkitError
-from derkit.records import Run, append_line, atomic_write, keep_epochs, load_runs, read_lines, write_json
+from derkit.checkpoint import save_checkpoint
+from derkit.config import TrainConfig
+from derkit.records import Run, load_records, read_lines, run_folder, write_lines
+from derkit.util import CheckpointError, DerkitError, write_json
+
+ROWS = [dict(epoch=e, loss=1 / e, steps=dict(loss=[0.5, 0.25], acc=[1, None])) for e in (1, 2, 3)]
 
 
-def fill(path, epochs=3):
-    for epoch in range(1, epochs + 1):
-        append_line(path, dict(epoch=epoch, loss=1 / epoch, steps=dict(loss=[0.5, 0.25], acc=[1, None])))
-    return path
-
-
-def make_run(folder, final=True):
-    folder.mkdir(parents=True)
-    write_json(folder / "config.json", dict(train=dict(seed=1)))
+def make_run(folder, final=None, **config):
+    train = dict(seed=0, method="fgsm", regularizer="none", eps=0.2)
+    train |= {key: config.pop(key) for key in tuple(config) if key in train}
+    write_json(folder / "config.json", dict(train=train) | config)
     write_json(folder / "env.json", dict(torch="x"))
-    fill(folder / "metrics.jsonl")
-    if final:
-        write_json(folder / "final.json", dict(last=dict(clean=0.5)))
+    write_lines(folder / "metrics.jsonl", ROWS)
+    if final is not None:
+        write_json(folder / "final.json", dict(last=final, best=final))
     return folder
 
 
+# ---------------------------------------------------------------------------------------- lines
 def test_lines_round_trip(tmp_path):
-    rows = read_lines(fill(tmp_path / "m.jsonl"))
-    assert [r["epoch"] for r in rows] == [1, 2, 3] and rows[1]["loss"] == 0.5
-    assert read_lines(tmp_path / "absent.jsonl") == []
-
-
-@pytest.mark.parametrize("cut", [1, 2, 10, 30])
-def test_truncated_last_line_is_skipped_with_a_warning(tmp_path, cut):
-    path = fill(tmp_path / "m.jsonl")
-    whole = path.read_bytes()
-    path.write_bytes(whole[: -1 - cut])
-    with pytest.warns(UserWarning, match="last line is truncated"):
-        assert [r["epoch"] for r in read_lines(path)] == [1, 2]
-
-
-def test_broken_line_elsewhere_is_an_error(tmp_path):
-    path = fill(tmp_path / "m.jsonl")
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], lines[1][:-5], lines[2]]) + "\n")
-    with pytest.raises(DerkitError, match="line 2 is not JSON"):
-        read_lines(path)
-
-
-def test_keep_epochs(tmp_path):
-    """Lines that the checkpoint does not know are dropped, a truncated one as well."""
-    path = fill(tmp_path / "m.jsonl")
-    first = path.read_text().splitlines()[:2]
-    keep_epochs(path, 2)
-    assert path.read_text().splitlines() == first
-    fill(path)
-    with open(path, "a") as f:
-        f.write('{"epoch": 4')
-    with pytest.warns(UserWarning):
-        keep_epochs(path, 1)
-    assert [r["epoch"] for r in read_lines(path)] == [1, 1]
-    append_line(path, dict(epoch=2))
-    assert read_lines(path)[-1] == {"epoch": 2}
+    path = tmp_path / "sub" / "m.jsonl"
+    write_lines(path, ROWS)
+    assert read_lines(path) == ROWS and path.read_bytes().count(b"\n") == 3
+    write_lines(path, ROWS[:1])
+    assert read_lines(path) == ROWS[:1]
+    write_lines(path, [])
+    assert read_lines(path) == [] == read_lines(tmp_path / "absent.jsonl")
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path):
-    write_json(tmp_path / "a.json", dict(a=math.nan, b=[math.inf, 1.5], c=(1, -math.inf), d={"e": math.nan}))
-    text = (tmp_path / "a.json").read_text()
-    assert json.loads(text) == dict(a=None, b=[None, 1.5], c=[1, None], d={"e": None})
-    append_line(tmp_path / "a.jsonl", dict(x=math.nan))
-    assert read_lines(tmp_path / "a.jsonl") == [{"x": None}]
+    write_lines(tmp_path / "m.jsonl", [dict(a=math.nan, b=[math.inf, 1.5], c={"d": -math.inf})])
+    assert read_lines(tmp_path / "m.jsonl") == [dict(a=None, b=[None, 1.5], c={"d": None})]
 
 
-@pytest.mark.parametrize("fails", ["replace", "fsync"])
-def test_atomic_write_keeps_the_old_file(tmp_path, monkeypatch, fails):
-    path = tmp_path / "sub" / "file.json"
-    atomic_write(path, "old")
-    monkeypatch.setattr(os, fails, lambda *a: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        atomic_write(path, "new")
-    assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["file.json"]
+@pytest.mark.parametrize("line", [b'{"epoch": 4', b"[1]", b"3", b"\xff", b"[" * 10_000, b"nul"])
+def test_a_broken_line_is_named(tmp_path, line):
+    path = make_run(tmp_path / "r") / "metrics.jsonl"
+    with open(path, "ab") as file:
+        file.write(line)
+    with pytest.raises(DerkitError, match="metrics.jsonl, line 4 is not a JSON record"):
+        Run(tmp_path / "r")
 
 
-def test_atomic_write_takes_text_and_bytes(tmp_path):
-    atomic_write(tmp_path / "a", "é")
-    atomic_write(tmp_path / "b", b"\x00")
-    assert (tmp_path / "a").read_bytes() == "é".encode() and (tmp_path / "b").read_bytes() == b"\x00"
-
-
+# ----------------------------------------------------------------------------------------- runs
 def test_run(tmp_path):
-    run = Run(make_run(tmp_path / "r"))
-    assert run.name == "r" and run.finished and run.config["train"]["seed"] == 1 and run.env["torch"] == "x"
+    run = Run(make_run(tmp_path / "r", dict(clean=0.5)))
+    assert (run.name, run.finished, run.env["torch"]) == ("r", True, "x")
+    assert run.config["train"]["seed"] == 0 and run.final["last"] == dict(clean=0.5)
     assert list(run.epochs["epoch"]) == [1, 2, 3] and run.steps("loss") == [0.5, 0.25] * 3
     assert repr(run) == "Run(r, 3 epochs, finished)"
-    unfinished = Run(make_run(tmp_path / "u", final=False))
-    assert not unfinished.finished and unfinished.final == {}
+    unfinished = Run(make_run(tmp_path / "u"))
+    assert not unfinished.finished and repr(unfinished) == "Run(u, 3 epochs)"
     with pytest.raises(DerkitError, match="not a run folder"):
         Run(tmp_path)
+
+
+def test_the_model_of_a_run(tmp_path, net, batch):
+    run = Run(make_run(tmp_path / "r"))
+    nets = dict(final=net(), best=net(seed=1))
+    for name, model in nets.items():
+        save_checkpoint(run.folder / f"{name}.safetensors", model)
+    for which, name in (("last", "final"), ("best", "best")):
+        assert torch.equal(run.model(which)(batch[0]), nets[name](batch[0]))
+    assert torch.equal(run.model(model=net(seed=2))(batch[0]), nets["final"](batch[0]))
+    with pytest.raises(DerkitError, match="unknown epoch 'first'.*last, best"):
+        run.model("first")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        Run(make_run(tmp_path / "u")).model()
 
 
 def test_load_runs(tmp_path):
     for name in ("b", "a", "c"):
         make_run(tmp_path / name)
     (tmp_path / "not a run").mkdir()
-    assert [r.name for r in load_runs(tmp_path)] == ["a", "b", "c"]
-    assert load_runs(tmp_path / "absent") == []
+    assert [run.name for run in records.load_runs(tmp_path)] == ["a", "b", "c"]
+    assert records.load_runs(tmp_path / "absent") == []
 
 
 def test_runs_folder_follows_the_environment(tmp_path, monkeypatch):
@@ -118,8 +99,92 @@ def test_runs_folder_follows_the_environment(tmp_path, monkeypatch):
     assert records.runs_folder() == tmp_path / ".cache" / "derkit" / "runs"
 
 
+def test_the_folder_of_a_run_names_what_decides_it(mini):
+    config = TrainConfig.make(regularizer="der", method="fgsm", eps="0.2")
+    folder = run_folder(config, mini)
+    assert folder.parent == records.runs_folder()
+    assert folder.name.startswith("fashion_mini-fgsm-der-segment-eps0.2-s0-")
+    others = [run_folder(config.change(epochs=3), mini), run_folder(config, mini, "own"),
+              run_folder(config, replace(mini, sha256="x"))]
+    assert len({folder, *others}) == 4
+    assert run_folder(config.change(device="cpu"), mini) == folder
+    assert run_folder(config, replace(mini, name="../../up")).parent == folder.parent
+
+
+def test_signature_tells_modules_apart():
+    modules = [nn.Linear(2, 3), nn.Linear(3, 2), nn.Sequential(nn.Linear(2, 3)), None]
+    assert len({records.signature_of(module) for module in modules}) == 4
+    assert records.signature_of(None) == ""
+    assert records.signature_of(nn.Linear(2, 3)) == records.signature_of(modules[0])
+
+
 def test_environment_says_what_numbers_depend_on():
     env = records.environment(torch.device("cpu"), "fp32", "because")
     assert env["torch"] == torch.__version__ and env["threads"] == torch.get_num_threads()
-    assert (env["device"], env["gpu"], env["precision"], env["precision_reason"]) == ("cpu", None, "fp32", "because")
+    assert (env["device"], env["gpu"], env["precision"]) == ("cpu", None, "fp32")
+    assert env["precision_reason"] == "because" and type(env["cpu_bf16"]) is bool
+    assert env["cpu"] == torch.backends.cpu.get_cpu_capability()
     json.dumps(env)
+
+
+# --------------------------------------------------------------------------------------- groups
+COMMITTED = sorted({path.parents[1].name for path in records.records_folder().glob("*/*/env.json")})
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_committed_records_are_read(name):
+    """Those of earlier versions of the kit as well, with fields and variants that it lost."""
+    groups = load_records(name)
+    assert groups and all(run.finished for runs in groups.values() for run in runs)
+    for run in (runs[0] for runs in groups.values()):
+        assert len(run.epochs) == run.final["last_epoch"] and len(run.steps("loss")) > 1
+        assert {"clean", "pgd", "dE"} <= set(run.final["last"]) & set(records.METRICS)
+
+
+def test_costs():
+    costs = records.load_costs("co_fashion_mini")
+    assert costs["fgsm"] == 1 and costs["pgd-5"] > 2 and costs.name == "cost"
+
+
+def test_labels_and_order_of_records(tmp_path):
+    """The suite's label, else method and regulariser; the suite's order, then seeds."""
+    for i, config in enumerate((dict(order=2, label="late"), dict(order=1, seed=1),
+                                dict(order=1), dict(order=0, regularizer="der"))):
+        make_run(tmp_path / "suite" / f"run{i}", dict(clean=0.5), **config)
+    make_run(tmp_path / "suite" / "running", label="unfinished")
+    groups = load_records("suite", tmp_path)
+    assert list(groups) == ["fgsm + der", "fgsm", "late"]
+    assert [run.name for run in groups["fgsm"]] == ["run2", "run1"]
+    with pytest.raises(DerkitError, match="no records 'suit' in .* Did you mean 'suite'"):
+        load_records("suit", tmp_path)
+    with pytest.raises(DerkitError, match="There are: none"):
+        load_records("suite", tmp_path / "absent")
+
+
+def test_by_eps(tmp_path):
+    def runs(name, *values, eps):
+        finals = [dict(pgd=value) for value in values]
+        return [Run(make_run(tmp_path / f"{name}{i}", final, eps=eps))
+                for i, final in enumerate(finals)]
+
+    groups = {"FGSM eps 16": runs("a", 0.1, 0.3, eps=16 / 255),
+              "FGSM eps 8": runs("b", 0.5, None, eps=8 / 255),
+              "FGSM": runs("c", 0.9, eps=0.1), "FGSM eps 8 lambda 2": runs("d", 0.9, eps=0.1)}
+    found = records.by_eps(groups, "pgd")
+    expected = pd.DataFrame(dict(
+        method=["FGSM"] * 2, eps=[8.0, 16.0], mean=[0.5, 0.2], min=[0.5, 0.1], max=[0.5, 0.3],
+        runs=[1, 2]))
+    pd.testing.assert_frame_equal(found, expected)
+    assert records.by_eps(groups, "aa").empty
+
+
+def test_grid(tmp_path):
+    for name in ("a-s0", "a-s1", "b-s0", "alone"):
+        make_run(tmp_path / name, dict(clean=0.5))
+    make_run(tmp_path / "b-s1")
+    assert {k: len(v) for k, v in records.grid(tmp_path).items()} == {"a": 2, "alone": 1, "b": 1}
+    assert list(records.grid(tmp_path, ["b-s0"])) == ["b"]
+    with pytest.raises(DerkitError, match="no finished run 'b-s1'.*Did you mean 'b-s0'"):
+        records.grid(tmp_path, ["b-s1"])
+    with pytest.raises(DerkitError, match="no finished runs in"):
+        records.grid(tmp_path / "absent")

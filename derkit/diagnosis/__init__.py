@@ -1,0 +1,1 @@
+"""Evaluation, overfitting, energies of attacks, gradient masking."""

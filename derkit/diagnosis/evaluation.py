@@ -1,0 +1,200 @@
+"""Clean and robust accuracy, the strong suite, AutoAttack, and the energies that an attack moves.
+
+All attacks run with BatchNorm in eval mode, from an explicit generator, at the eps that is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+
+import torch
+from torch import Tensor, nn
+
+from derkit import attacks, energy
+from derkit.data import Split
+from derkit.util import DerkitError, images_format, make_generator, pick
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+Attack = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
+
+
+def float_batches(split: Split, model: nn.Module, batch_size: int = 512) -> Iterator[tuple]:
+    """Unshuffled batches (x, y), with x in the model's dtype and memory format."""
+    layout = images_format(model)
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    for x, y in split.batches(batch_size, dtype=dtype):
+        yield x.contiguous(memory_format=layout), y
+
+
+@torch.no_grad()
+def predict(model: nn.Module, split: Split, batch_size: int = 512) -> Tensor:
+    """Logits (N, K) in eval mode; the model's mode is restored."""
+    with attacks.attack_mode(model, "eval"):
+        batches = float_batches(split, model, batch_size)
+        return torch.cat([energy.upcast(model(x)) for x, _ in batches])
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of correct predictions, in [0, 1]."""
+    return (logits.argmax(1) == labels).double().mean().item()
+
+
+def pgd_attack(eps: float, steps: int = 20, **options) -> Attack:
+    """PGD with fixed settings, in the form that `attack_split` takes."""
+    options = dict(eps=eps, steps=steps, check=False) | options
+    return lambda model, x, y, rng: attacks.pgd(model, x, y, generator=rng, **options)
+
+
+def fgsm_attack(eps: float, norm: str = "linf") -> Attack:
+    """FGSM, in the form that `attack_split` takes; for 'l2' one step of length eps."""
+    if norm != "linf":
+        return pgd_attack(eps, 1, alpha=eps, random_start=False, norm=norm)
+    return lambda model, x, y, rng: attacks.fgsm(model, x, y, eps, check=False)
+
+
+def attack_split(model: nn.Module, split: Split, attack: Attack, seed: int = 0,
+                 batch_size: int = 512) -> tuple[Tensor, Tensor]:
+    """(x*, logits of x*) over a split; the attack is called as (model, x, y, generator)."""
+    rng = make_generator(split.images.device, "evaluation", seed)
+    adversarial, logits = [], []
+    for x, y in float_batches(split, model, batch_size):
+        adversarial.append(attack(model, x, y, rng))
+        with torch.no_grad(), attacks.attack_mode(model, "eval"):
+            logits.append(energy.upcast(model(adversarial[-1])))
+    return torch.cat(adversarial), torch.cat(logits)
+
+
+def robust_accuracy(model: nn.Module, split: Split, eps: float, steps: int = 20, seed: int = 0,
+                    **options) -> float:
+    """Accuracy under PGD (options as in `derkit.attacks.pgd`); at eps 0 the clean accuracy."""
+    _, logits = attack_split(model, split, pgd_attack(eps, steps, **options), seed)
+    return accuracy(logits, split.labels)
+
+
+def _survivors(model: nn.Module, split: Split, eps: float, suite: Sequence[dict],
+               seed: tuple[str, int], batch_size: int, norm: str) -> Tensor:
+    """Per image, (N,) bool: is it right, and does it stay so under every attack of the suite (of
+    options of pgd)? An image that has fallen is not attacked again."""
+    attacks.check_eps(eps, norm)
+    rng = make_generator(split.images.device, *seed)
+    alive = predict(model, split, batch_size).argmax(1) == split.labels
+    for options in suite:
+        attack = pgd_attack(eps, norm=norm, **options)
+        for index in alive.nonzero().squeeze(1).split(batch_size):
+            for x, y in float_batches(split.take(index), model, batch_size):
+                x_adv = attack(model, x, y, rng)
+                with torch.no_grad(), attacks.attack_mode(model, "eval"):
+                    alive[index] = model(x_adv).argmax(1) == y
+    return alive
+
+
+def strong_mask(model: nn.Module, split: Split, eps: float, steps: int = 100, restarts: int = 2,
+                seed: int = 0, batch_size: int = 512, norm: str = "linf") -> Tensor:
+    """Per image, (N,) bool: does it survive the clean prediction and the strong suite?
+
+    PGD-20 on CE (alone up to twice too high near CO), then ``restarts`` x ``steps`` on the margin
+    and on CE, with steps that shrink from 2 eps to 0 by a cosine, where any iterate counts.
+    """
+    hard = dict(steps=steps, restarts=restarts, decay=True, any_iterate=True)
+    suite = [dict(steps=20), hard | dict(loss="margin"), hard | dict(loss="ce")]
+    return _survivors(model, split, eps, suite, ("strong", seed), batch_size, norm)
+
+
+def strong_accuracy(model: nn.Module, split: Split, eps: float, **options) -> float:
+    """Mean of `strong_mask`: the worst case per image over the strong suite."""
+    return strong_mask(model, split, eps, **options).double().mean().item()
+
+
+def pgd50_accuracy(model: nn.Module, split: Split, eps: float, steps: int = 50, restarts: int = 10,
+                   alpha: float | None = None, seed: int = 0, batch_size: int = 512,
+                   norm: str = "linf") -> float:
+    """PGD-50-10: the share of images that survive ``restarts`` runs of ``steps`` steps on CE.
+
+    alpha: step size, default eps/4, which is the published 2/255 at eps 8/255.
+    """
+    suite = [dict(steps=steps, alpha=alpha)] * restarts
+    alive = _survivors(model, split, eps, suite, ("pgd50", seed), batch_size, norm)
+    return alive.double().mean().item()
+
+
+def autoattack_mask(model: nn.Module, split: Split, eps: float, norm: str = "linf", seed: int = 0,
+                    batch_size: int = 256) -> Tensor:
+    """Per image, (N,) bool: does it survive standard AutoAttack (arXiv 2003.01690)?
+
+    Through the port `pyautoattack` (extra: eval). Raises DerkitError where that is missing, at
+    eps 0, and below 4 classes (the targeted DLR needs them).
+    """
+    port_norm = pick("norm", norm, {"linf": "Linf", "l2": "L2"})
+    if attacks.check_eps(eps, norm) == 0:
+        raise DerkitError("AutoAttack needs eps > 0; at eps 0 robust accuracy is clean accuracy.")
+    try:
+        from pyautoattack import AutoAttack
+    except ImportError as error:
+        raise DerkitError('AutoAttack needs pyautoattack: pip install "derkit[eval]".') from error
+    classes = predict(model, split.take(slice(1))).shape[1]
+    if classes < 4:
+        raise DerkitError(f"AutoAttack needs 4 classes, found {classes}; use strong_accuracy.")
+    dtype, device = next(float_batches(split, model, 1))[0].dtype, split.images.device
+    layout = images_format(model)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def forward(x: Tensor) -> Tensor:
+        """Logits in float32, the port's precision, with weights that collect no gradients."""
+        images = x.to(dtype).contiguous(memory_format=layout)
+        return energy.upcast(torch.func.functional_call(model, weights, (images,))).float()
+
+    fork = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with attacks.attack_mode(model, "eval"), fork:
+        port = AutoAttack(forward, norm=port_norm, eps=eps, seed=seed, version="standard",
+                          device=str(device))
+        for part in (port.apgd_targeted, port.fab):
+            part.n_target_classes = min(9, classes - 1)
+        adv, _ = port.run_standard_evaluation(split.floats(), split.labels, batch_size=batch_size)
+        with torch.no_grad():
+            return torch.cat([forward(x).argmax(1) for x in adv.split(batch_size)]) == split.labels
+
+
+def autoattack(model: nn.Module, split: Split, eps: float, norm: str = "linf", seed: int = 0,
+               batch_size: int = 256) -> dict:
+    """The record of `autoattack_mask`: accuracy (worst case per image), clean, and settings."""
+    robust = autoattack_mask(model, split, eps, norm, seed, batch_size).double().mean().item()
+    clean = accuracy(predict(model, split), split.labels)
+    return dict(attack="AutoAttack standard", accuracy=robust, clean=clean, examples=len(split),
+        seed=seed, eps=eps, norm=norm, package="pyautoattack", version=version("pyautoattack"))
+
+
+def energy_summary(logits: Tensor, logits_adv: Tensor, labels: Tensor,
+                   logits_start: Tensor | None = None) -> dict[str, float]:
+    """Mean and quantiles of dE(x) and dE(x, y), mean E(x), E(x*), and the share of AAEs (which
+    lowered the loss from ``logits_start``, where the attack did not start at x itself)."""
+    start = logits if logits_start is None else logits_start
+    moved = {"dE": energy.delta_energy(logits, logits_adv),
+             "dEy": energy.delta_energy(logits, logits_adv, labels)}
+    rest = {"E": energy.marginal_energy(logits), "E_adv": energy.marginal_energy(logits_adv),
+            "aae": energy.abnormal_mask(start, logits_adv, labels).double()}
+    out = {name: values.mean() for name, values in (moved | rest).items()}
+    for name, values in moved.items():
+        out |= {f"{name}_q{100 * level:02.0f}": values.quantile(level) for level in QUANTILES}
+    return {name: round(float(value), 6) for name, value in out.items()}
+
+
+def gradient_cosine(model: nn.Module, x: Tensor, y: Tensor, eps: float,
+                    generator: torch.Generator, norm: str = "linf") -> Tensor:
+    """cos(grad l(x), grad l(x + r)), r uniform in the ball, (B,): near 0 at CO (2007.02617)."""
+    noisy = x + attacks.noise_in_ball(x, eps, norm, generator)
+    with attacks.attack_mode(model, "eval"):
+        a, b = (attacks.input_gradient(model, z, lambda f: energy.cross_entropy(f, y))[0]
+                for z in (x, noisy))
+    return nn.functional.cosine_similarity(a.flatten(1), b.flatten(1), dim=1)
+
+
+@torch.no_grad()
+def elle_linearity(model: nn.Module, x: Tensor, y: Tensor, eps: float,
+                   generator: torch.Generator, norm: str = "linf") -> Tensor:
+    """E_lin of ELLE on random triplets in the ball, (B,) (OpenReview SZzQz8ikwg)."""
+    a, b = (x + attacks.noise_in_ball(x, eps, norm, generator) for _ in range(2))
+    u = torch.rand(len(x), generator=generator, device=x.device, dtype=x.dtype)
+    with attacks.attack_mode(model, "eval"):
+        f_a, f_c, f_b = (model(z) for z in (a, torch.lerp(a, b, u.view(-1, 1, 1, 1)), b))
+    return energy.loss_linearity(f_a, f_c, f_b, u, y)

@@ -1,0 +1,135 @@
+"""What an attack does to energies: many images at once, along its path, on a plane around an image.
+
+Functions of a model return arrays for `derkit.plots`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from derkit import energy
+from derkit.attacks import attack_mode
+from derkit.data import Split
+from derkit.diagnosis.evaluation import attack_split, pgd_attack, predict
+
+STANDARD_ATTACKS = {  # options of `attacks.pgd`; alpha_share: the step in units of eps
+    "FGSM": dict(steps=1, random_start=False, alpha_share=1.0),
+    "PGD": dict(steps=20),
+    "PGD, KL": dict(steps=20, loss="kl"),
+    "PGD, margin": dict(steps=20, loss="margin"),
+    "PGD to least likely": dict(steps=20, targeted=True, targets="least_likely"),
+    "PGD to random class": dict(steps=20, targeted=True, targets="random"),
+}
+
+
+def _array(values: Tensor) -> np.ndarray:
+    return values.detach().double().cpu().numpy()
+
+
+@dataclass(frozen=True)
+class AttackEnergies:
+    """Energies of a split before and after one attack; arrays (N,) in float64."""
+
+    attack: str
+    eps: float
+    E: np.ndarray
+    E_adv: np.ndarray
+    Ey: np.ndarray
+    Ey_adv: np.ndarray
+    fooled: np.ndarray  # bool
+
+    @property
+    def dE(self) -> np.ndarray:
+        """dE(x) = E(x) - E(x*)."""
+        return self.E - self.E_adv
+
+    @property
+    def dEy(self) -> np.ndarray:
+        """dE(x, y) = E(x, y) - E(x*, y)."""
+        return self.Ey - self.Ey_adv
+
+
+def attack_energies(model: nn.Module, split: Split, eps: float, attack: str = "PGD", seed: int = 0,
+                    **options) -> AttackEnergies:
+    """Energies under one of STANDARD_ATTACKS (or any name, with PGD options given)."""
+    options = STANDARD_ATTACKS.get(attack, {}) | options
+    share = options.pop("alpha_share", None)
+    if share:
+        options["alpha"] = share * eps
+    nat = predict(model, split)
+    _, adv = attack_split(model, split, pgd_attack(eps, **options), seed)
+    marginal = [_array(energy.marginal_energy(logits)) for logits in (nat, adv)]
+    joint = [_array(energy.joint_energy(logits, split.labels)) for logits in (nat, adv)]
+    fooled = (adv.argmax(1) != split.labels).cpu().numpy()
+    return AttackEnergies(attack, eps, *marginal, *joint, fooled)
+
+
+def energy_table(results: Sequence[AttackEnergies]) -> pd.DataFrame:
+    """A row an attack: fooled share, mean dE(x), dE(x, y), shares of images whose energy fell."""
+    return pd.DataFrame([
+        {"attack": r.attack, "eps": r.eps, "fooled": r.fooled.mean(), "dE(x)": r.dE.mean(),
+         "dE(x,y)": r.dEy.mean(), "E(x) lowered": (r.dE > 0).mean(),
+         "E(x,y) lowered": (r.dEy > 0).mean()}
+        for r in results])
+
+
+def detection_roc(natural: np.ndarray, adversarial: np.ndarray,
+                  points: int = 201) -> tuple[np.ndarray, np.ndarray, float]:
+    """ROC of a detector that calls low scores adversarial: (false, true positive rates, AUC).
+
+    AUC is the exact Mann-Whitney value (ties count half); below 0.5 adversarial scores are higher.
+    """
+    levels = np.quantile(np.concatenate([natural, adversarial]), np.linspace(0, 1, points))
+    levels = np.concatenate([[-np.inf], levels, [np.inf]])
+    natural, adversarial = np.sort(natural), np.sort(adversarial)
+    false, true = (np.searchsorted(scores, levels, side="right") / len(scores)
+                   for scores in (natural, adversarial))
+    below = sum(np.searchsorted(natural, adversarial, side).sum() for side in ("left", "right"))
+    return false, true, float(1 - below / 2 / (len(natural) * len(adversarial)))
+
+
+# -------------------------------------------------------------------------------- paths and planes
+@torch.no_grad()
+def energy_path(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, points: int = 21,
+                beyond: float = 0.0) -> dict[str, np.ndarray]:
+    """Energies along x + u (x* - x), u from 0 to 1 + beyond, not clipped to [0, 1].
+
+    Arrays u (U,), E, Ey, ce (U, B).
+    """
+    u = torch.linspace(0, 1 + beyond, points, dtype=x.dtype, device=x.device)
+    with attack_mode(model, "eval"):
+        logits = [model(x + value * (x_adv - x)) for value in u]
+    kinds = dict(E=[energy.marginal_energy(f) for f in logits],
+                 Ey=[energy.joint_energy(f, y) for f in logits],
+                 ce=[energy.cross_entropy(f, y) for f in logits])
+    return {"u": _array(u)} | {name: _array(torch.stack(rows)) for name, rows in kinds.items()}
+
+
+def bump(path: dict[str, np.ndarray], key: str = "E") -> float:
+    """Mean over images of the largest |energy - chord| between the ends: 0 if it is linear."""
+    inside = path["u"] <= 1 + 1e-9
+    u, values = path["u"][inside][:, None], path[key][inside]
+    chord = (1 - u) * values[0] + u * values[-1]
+    return float(np.abs(values - chord).max(0).mean())
+
+
+@torch.no_grad()
+def energy_slice(model: nn.Module, x: Tensor, y: Tensor, first: Tensor, second: Tensor,
+                 extent: float = 1.5, points: int = 25) -> dict[str, np.ndarray]:
+    """E and CE on the plane x + a first + b second around ONE image x (1, C, H, W).
+
+    a and b in [-extent, extent]. Typical directions: x* - x, and a random sign vector times eps.
+    Arrays axis (P,), E, ce (P, P) with rows b and columns a.
+    """
+    axis = torch.linspace(-extent, extent, points, dtype=x.dtype, device=x.device)
+    with attack_mode(model, "eval"):
+        logits = [model(x + axis.view(-1, 1, 1, 1) * first + b * second) for b in axis]
+    marginal = torch.stack([energy.marginal_energy(f) for f in logits])
+    ce = torch.stack([energy.cross_entropy(f, y.expand(len(f))) for f in logits])
+    return {"axis": _array(axis), "E": _array(marginal), "ce": _array(ce)}

@@ -1,0 +1,185 @@
+"""Catastrophic (CO) and robust overfitting (RO): when it set in, what warned of it, from records.
+
+An alarm signal rings when it leaves the band of its own past: further from the median of the epochs
+before than three times the noise from epoch to epoch, and by at least a fixed margin, so that a
+quiet start does not make noise an alarm (the adaptive idea is ELLE-A's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from derkit.records import METRICS, Run
+
+
+# ----------------------------------------------------------------------------------------- alarms
+@dataclass(frozen=True)
+class Signal:
+    """A recorded column, how it moves at CO (+1 up, -1 down, 0 either), least move, cost."""
+
+    column: str
+    direction: int
+    margin: float
+    cost: str
+
+
+SIGNALS: dict[str, Signal] = {
+    "AAE share": Signal("train_aae", +1, 0.035, "free in training"),
+    "dE(x)": Signal("probe_dE", 0, 0.5, "one attack on the probe"),  # E(x*) may run up or down
+    "E_lin": Signal("E_lin", +1, 0.03, "three forwards on the probe"),
+    "gradient cosine": Signal("cos", -1, 0.3, "two gradients on the probe"),
+}
+
+
+def first_alarm(epochs: pd.DataFrame, name: str, factor: float = 3.0, skip: int = 3) -> int | None:
+    """The epoch (from 1) at which a signal first alarms, or None. ``skip`` epochs build history."""
+    signal = SIGNALS[name]
+    values = epochs[signal.column].ffill().to_numpy(float)
+    for i in range(skip, len(values)):
+        past = values[:i][np.isfinite(values[:i])]
+        if len(past) < skip:
+            continue
+        noise = 1.4826 * np.median(np.abs(np.diff(past))) / np.sqrt(2)  # whatever the drift
+        move = values[i] - np.median(past)
+        move = signal.direction * move if signal.direction else abs(move)
+        if move > max(signal.margin, factor * noise):
+            return i + 1
+    return None
+
+
+def should_stop(rows: list[dict]) -> bool:
+    """The CO alarm of `TrainConfig.stop_on_co`: the AAE share, or dE(x) without single steps."""
+    epochs = pd.DataFrame(rows)
+    name = "AAE share" if epochs["train_aae"].notna().any() else "dE(x)"
+    return first_alarm(epochs, name) is not None
+
+
+def step_alarm(series: np.ndarray, window: int) -> int:
+    """The step (from 1) of the largest rise of a series: means of half windows after and before."""
+    half = max(1, window // 2)
+    edges = np.full(half, series[:half].mean()), np.full(half, series[-half:].mean())
+    total = np.cumsum(np.nan_to_num(np.concatenate([[0.0], edges[0], series, edges[1]])))
+    i = np.arange(len(series)) + half
+    rise = (total[i + half] - total[i]) - (total[i] - total[i - half])
+    return int(rise.argmax()) + 1
+
+
+# ------------------------------------------------------------------------------- catastrophic (CO)
+@dataclass(frozen=True)
+class Onset:
+    """CO: ``epoch`` (from 1) from which PGD accuracy had lost half of its ``peak``, ``after``: what
+    it was then, ``step`` (from 1): the largest rise of the AAE share or of training accuracy."""
+
+    epoch: int
+    step: int
+    peak: float
+    after: float
+
+
+def co_onset(run: Run, share: float = 0.5) -> Onset | None:
+    """The first epoch from which validation PGD accuracy is low and stays so, or None.
+
+    Low: below ``share`` of its peak so far, or of half the adversarial training accuracy (a run can
+    collapse before it was ever robust), while FGSM or training accuracy did not fall with it.
+    Stays: in three quarters of the epochs that follow.
+    """
+    rows = run.epochs
+    pgd, fgsm, train = (rows[c].to_numpy(float) for c in ("valid_pgd", "valid_fgsm", "train_acc"))
+    reference = np.maximum(np.maximum.accumulate(pgd), train / 2)
+    low = (pgd < share * reference) & ((fgsm > 1.5 * pgd) | (train > 2 * pgd))
+    low &= reference > 0.15  # below this nothing has been learnt, and a fall means nothing
+    hits = [i for i in np.flatnonzero(low) if low[i:].mean() >= 0.75]
+    if not hits:
+        return None
+    epoch, per_epoch = int(hits[0]) + 1, len(rows["steps"].iloc[0]["acc"])
+    column = "aae" if rows["train_aae"].notna().any() else "acc"
+    series = np.array(run.steps(column), dtype=float)[: epoch * per_epoch]
+    peak, after = float(pgd[:epoch].max()), float(pgd[epoch - 1])
+    return Onset(epoch, step_alarm(series, per_epoch), peak, after)
+
+
+def _verdict(onset: int | None, alarm: int | None) -> str:
+    if onset is None:
+        return "quiet" if alarm is None else "false alarm"
+    if alarm is None:
+        return "missed"
+    return {-1: "ahead", 0: "with", 1: "late"}[int(np.sign(alarm - onset))]
+
+
+def co_alarms(run: Run) -> pd.DataFrame:
+    """One row per signal of SIGNALS: epoch of its alarm, of the onset, lead in epochs, verdict.
+
+    verdict: 'ahead', 'with', 'late' or 'missed' on a collapsed run, else 'quiet' or 'false alarm'.
+    """
+    found, rows = co_onset(run), []
+    onset = found.epoch if found else None
+    for name in SIGNALS:
+        alarm = first_alarm(run.epochs, name)
+        lead = onset - alarm if onset and alarm else None
+        rows.append((name, alarm, onset, lead, _verdict(onset, alarm)))
+    table = pd.DataFrame(rows, columns=["signal", "alarm", "onset", "lead", "verdict"])
+    return table.astype({"alarm": "Int64", "onset": "Int64", "lead": "Int64"})
+
+
+def alarm_summary(runs: Sequence[Run]) -> pd.DataFrame:
+    """Alarms over many runs, a row per signal: in how many collapsed runs it rang by the onset
+    ('in time') and at all ('rang'), median lead there (epochs), 'false alarms' in the others."""
+    table = pd.concat([co_alarms(run) for run in runs])
+    rows = []
+    for name, marks in table.groupby("signal", sort=False):
+        bad, good = marks[marks["onset"].notna()], marks[marks["onset"].isna()]
+        leads = bad["lead"].dropna().astype(float)
+        rows.append({"signal": name, "in time": f"{(leads >= 0).sum()} of {len(bad)}",
+                     "rang": f"{len(leads)} of {len(bad)}", "median lead": leads.median(),
+                     "false alarms": f"{good['alarm'].notna().sum()} of {len(good)}"})
+    return pd.DataFrame(rows)
+
+
+# ------------------------------------------------------------------------------------- robust (RO)
+@dataclass(frozen=True)
+class RobustOverfitting:
+    """RO of a run, in accuracy. ``gap``: best - mean of the last five epochs on validation images.
+    ``test_gap``: best - last on test images, the best epoch chosen on validation. ``onset``: first
+    epoch from which the five-epoch mean stays more than a point below its best (None: no RO).
+    ``train_gain``: rise of PGD accuracy on training images (probe) from the best epoch on."""
+
+    best_epoch: int
+    best: float
+    last: float
+    gap: float
+    test_gap: float | None
+    onset: int | None
+    train_gain: float
+
+
+def robust_overfitting(run: Run, tail: int = 5, margin: float = 0.01) -> RobustOverfitting:
+    """RO gap and onset, one fixed attack, the best epoch chosen on validation images, not test."""
+    valid, probe = (run.epochs[c].to_numpy(float) for c in ("valid_pgd", "probe_pgd"))
+    best, last = int(valid.argmax()), float(valid[-tail:].mean())
+    smooth = pd.Series(valid).rolling(tail, min_periods=1, center=True).mean().to_numpy()
+    below = smooth < smooth.max() - margin
+    below[: int(smooth.argmax()) + 1] = False
+    above = np.flatnonzero(~below)
+    onset = int(above[-1]) + 2 if below[-1] else None  # the final unbroken stretch begins
+    test = run.final["best"]["pgd"] - run.final["last"]["pgd"] if run.final else None
+    gain = float(probe[-tail:].mean() - probe[best])
+    peak = float(valid[best])
+    return RobustOverfitting(best + 1, peak, last, peak - last, test, onset, gain)
+
+
+def summary(groups: Mapping[str, Sequence[Run]], which: str = "last") -> pd.DataFrame:
+    """A row per group: number of runs, how many collapsed, mean of the test metrics over seeds at
+    the 'last' or the 'best' epoch, with '<metric> min' and '<metric> max' (NaN: not evaluated)."""
+    rows = {}
+    for name, runs in groups.items():
+        row = dict(runs=len(runs), collapsed=sum(co_onset(run) is not None for run in runs))
+        for metric in METRICS:
+            values = [run.final[which].get(metric, np.nan) for run in runs]
+            row |= {metric: np.mean(values), f"{metric} min": np.min(values),
+                    f"{metric} max": np.max(values)}
+        rows[name] = row
+    return pd.DataFrame.from_dict(rows, orient="index")

@@ -1,0 +1,93 @@
+"""The Delta Energy Regularizer (DER): pure functions of logits, and the object that uses them.
+
+The body of arXiv 2505.22486 could not be read for this kit. Its abstract says that DER is "designed
+to smoothen the energy landscape during training". The form ``norm`` is the one that a third party's
+public re-implementation reports as the paper's eq. (7); the other forms are our own, and none is
+quoted from the paper. Forms on E(x, y) alone, on the cross-entropy, on both energies at once, and a
+hinge on jumps of dE(x) were tried as well and did not help.
+
+    L = L_AT(x*, y) + lambda mean_b R_b        R: one of the forms below, (B,), never negative
+
+Logits are (B, K): ``nat`` at x, ``adv`` at x*, ``mid`` at x_u = x + u (x* - x), ``near`` at x + r.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from derkit.attacks import noise_in_ball
+from derkit.config import TrainConfig
+from derkit.energy import abnormal_mask, delta_energy, marginal_energy
+
+Logits = dict[str, Tensor]
+
+
+def norm(nat: Tensor, adv: Tensor, y: Tensor, gamma: float = 0.0) -> Tensor:
+    """max(0, sqrt(dE(x)^2 + dE(x, y)^2) - gamma): the move in the energy plane.
+
+    How far the attack moves (E(x), E(x, y)). Reported by a third party as eq. (7) of
+    arXiv 2505.22486. 1e-12 keeps the root's gradient finite at 0.
+    """
+    square = delta_energy(nat, adv).square() + delta_energy(nat, adv, y).square()
+    return ((square + 1e-12).sqrt() - gamma).clamp_min(0)
+
+
+def marginal(nat: Tensor, adv: Tensor) -> Tensor:
+    """|dE(x)|: the delta energy itself. Our own form."""
+    return delta_energy(nat, adv).abs()
+
+
+def segment(nat: Tensor, mid: Tensor) -> Tensor:
+    """|E(x) - E(x_u)|: the marginal energy is smooth along the path of the attack. Our own form."""
+    return (marginal_energy(nat) - marginal_energy(mid)).abs()
+
+
+def ball(nat: Tensor, near: Tensor) -> Tensor:
+    """|E(x) - E(x + r)|: smooth in random directions, the attack not used. Our own form."""
+    return (marginal_energy(nat) - marginal_energy(near)).abs()
+
+
+def linear(nat: Tensor, mid: Tensor, adv: Tensor, u: Tensor) -> Tensor:
+    """|E(x_u) - (1 - u) E(x) - u E(x*)|: no bump of the energy between x and x*. Our own form."""
+    chord = torch.lerp(marginal_energy(nat), marginal_energy(adv), u)
+    return (marginal_energy(mid) - chord).abs()
+
+
+class DER:
+    """DER in training: asks for the points of its form, remembers u, averages over its samples."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.form, self.gamma, self.abnormal_only = config.variant, config.gamma, config.masked
+        self.eps, self.ball_norm = config.eps, config.norm
+        self.u: Tensor | None = None
+
+    def points(self, x: Tensor, x_adv: Tensor, rng: torch.Generator) -> Logits:
+        """The images (B, C, H, W) whose logits are needed beside those of x*, by name."""
+        points = {"nat": x}
+        if self.form in ("segment", "linear"):
+            self.u = torch.rand(len(x), generator=rng, device=x.device, dtype=x.dtype)
+            points["mid"] = torch.lerp(x, x_adv, self.u.view(-1, 1, 1, 1))
+        elif self.form == "ball":  # not clipped to [0, 1], as in GradAlign and ELLE
+            points["near"] = x + noise_in_ball(x, self.eps, self.ball_norm, rng)
+        return points
+
+    def penalties(self, logits: Logits, y: Tensor) -> Tensor:
+        """The form's value for every sample, (B,)."""
+        if self.form == "norm":
+            return norm(logits["nat"], logits["adv"], y, self.gamma)
+        if self.form == "marginal":
+            return marginal(logits["nat"], logits["adv"])
+        if self.form == "segment":
+            return segment(logits["nat"], logits["mid"])
+        if self.form == "ball":
+            return ball(logits["nat"], logits["near"])
+        return linear(logits["nat"], logits["mid"], logits["adv"], self.u)
+
+    def __call__(self, logits: Logits, y: Tensor) -> Tensor:
+        """Mean over the batch or, with a mask, over its abnormal examples (0 without any)."""
+        values = self.penalties(logits, y)
+        if not self.abnormal_only:
+            return values.mean()
+        chosen = abnormal_mask(logits["nat"], logits["adv"], y)
+        return torch.where(chosen, values, 0.0).sum() / chosen.sum().clamp_min(1)

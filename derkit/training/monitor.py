@@ -1,0 +1,120 @@
+"""What is measured after every epoch and at the end of a run."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from derkit import energy
+from derkit.attacks import attack_mode
+from derkit.config import TrainConfig
+from derkit.data import Dataset, Split
+from derkit.diagnosis import evaluation
+from derkit.training.objectives import Objective
+from derkit.util import DerkitError, make_generator
+
+
+def _attacked(model: nn.Module, split: Split, config: TrainConfig, steps: int) -> list[Tensor]:
+    """Logits under FGSM and under PGD, at the config's eps and norm."""
+    weak = evaluation.fgsm_attack(config.eps, config.norm)
+    hard = evaluation.pgd_attack(config.eps, steps, norm=config.norm)
+    return [evaluation.attack_split(model, split, attack)[1] for attack in (weak, hard)]
+
+
+def _split_record(model: nn.Module, split: Split, config: TrainConfig) -> dict[str, float]:
+    """Accuracies and losses, clean and attacked, and the energies that PGD moves."""
+    y, natural = split.labels, evaluation.predict(model, split)
+    weak, hard = _attacked(model, split, config, config.eval_steps)
+    record = {name: evaluation.accuracy(logits, y)
+              for name, logits in (("clean", natural), ("fgsm", weak), ("pgd", hard))}
+    record["loss"] = energy.cross_entropy(natural, y).mean().item()
+    record["pgd_loss"] = energy.cross_entropy(hard, y).mean().item()
+    summary = evaluation.energy_summary(natural, hard, y)
+    return record | {f"pgd_{name}": value for name, value in summary.items()}
+
+
+def _probe_signals(model: nn.Module, probe: Split, config: TrainConfig, whole: bool):
+    """Energies of the training attack on the probe; with ``whole`` gradient cosine and E_lin."""
+    x, y = next(evaluation.float_batches(probe, model, len(probe)))
+    rng = make_generator(x.device, "probe", 0)
+    method = "fgsm" if config.method == "standard" else config.method
+    objective = Objective(config.change(attack_bn="eval", method=method))
+    x_adv, start = objective.attack(model, x, y, rng)
+    with torch.no_grad(), attack_mode(model, "eval"):
+        record = evaluation.energy_summary(model(x), model(x_adv), y, start)
+    record = {f"probe_{name}": value for name, value in record.items()}
+    if whole:
+        signals = dict(cos=evaluation.gradient_cosine, E_lin=evaluation.elle_linearity)
+        for name, signal in signals.items():
+            record[name] = signal(model, x, y, config.eps, rng, config.norm).mean().item()
+    return record
+
+
+def epoch_evaluation(model: nn.Module, dataset: Dataset, config: TrainConfig,
+                     epoch: int) -> dict[str, float]:
+    """The record of an epoch: accuracies on validation and probe images, energies, signals.
+
+    The probe: the first ``probe_size`` training images, the same in every epoch.
+    """
+    probe = dataset.train.take(slice(config.probe_size))
+    parts = {"valid": dataset.valid.take(slice(config.eval_size)), "probe": probe}
+    record = {f"{name}_{key}": value for name, split in parts.items()
+              for key, value in _split_record(model, split, config).items()}
+    whole = epoch % config.probe_every == 0 or epoch == config.epochs
+    record |= _probe_signals(model, probe, config, whole)
+    return {name: round(value, 6) for name, value in record.items()}
+
+
+# ----------------------------------------------------------------------------- at the end of a run
+def check_further(dataset: Dataset, config: TrainConfig) -> None:
+    """Raise DerkitError before training where the config's AutoAttack cannot run after it."""
+    if not config.autoattack_size:
+        return
+    if find_spec("pyautoattack") is None:
+        raise DerkitError("autoattack_size needs the package pyautoattack: pip install "
+                          '"derkit[eval]", or set autoattack_size=0.')
+    if config.eps == 0 or len(dataset.classes) < 4:
+        found = f"{config.eps:g} and {len(dataset.classes)}"
+        raise DerkitError(f"AutoAttack needs eps > 0 and at least 4 classes, found {found}: "
+                          "set autoattack_size=0.")
+
+
+def lacking(known: dict[str, Any], dataset: Dataset, config: TrainConfig) -> dict[str, Split]:
+    """What the config asks for and ``known`` has not, or on fewer images: name -> test images."""
+    sizes = dict(images=config.final_size or len(dataset.test), strong_images=config.strong_size,
+                 pgd50_images=config.pgd50_size, aa_images=config.autoattack_size)
+    parts = {name: dataset.test.take(slice(size)) for name, size in sizes.items() if size}
+    return {name: part for name, part in parts.items() if len(part) > known.get(name, 0)}
+
+
+def final_evaluation(model: nn.Module, dataset: Dataset, config: TrainConfig,
+                     known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Test accuracies, each with its number of images, and the energies that PGD moves.
+
+    Clean, FGSM, PGD; as far as asked for the strong suite, PGD-50-10, AutoAttack. All run in the
+    precision of the weights, BatchNorm in eval mode. ``known``: results that are kept.
+    """
+    out, eps, norm = dict(known or {}), config.eps, config.norm
+    parts = lacking(out, dataset, config)
+    if test := parts.get("images"):
+        natural = evaluation.predict(model, test)
+        weak, hard = _attacked(model, test, config, config.final_steps)
+        out |= {name: evaluation.accuracy(logits, test.labels)
+                for name, logits in (("clean", natural), ("fgsm", weak), ("pgd", hard))}
+        out |= dict(pgd_steps=config.final_steps, images=len(test))
+        summary = evaluation.energy_summary(natural, hard, test.labels)
+        out |= {name: summary[name] for name in ("dE", "dEy", "aae")}
+    if part := parts.get("strong_images"):
+        strong = evaluation.strong_accuracy(model, part, eps, steps=50, norm=norm)
+        out |= dict(strong=strong, strong_images=len(part))
+    if part := parts.get("pgd50_images"):
+        value = evaluation.pgd50_accuracy(model, part, eps, norm=norm)
+        out |= dict(pgd50=value, pgd50_images=len(part), pgd50_alpha=eps / 4)
+    if part := parts.get("aa_images"):
+        found = evaluation.autoattack(model, part, eps, norm)
+        package = f"{found['package']} {found['version']}"
+        out |= dict(aa=found["accuracy"], aa_images=len(part), aa_package=package)
+    return {name: round(v, 6) if isinstance(v, float) else v for name, v in out.items()}

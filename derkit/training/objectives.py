@@ -1,0 +1,152 @@
+"""What is minimised: methods (how x* is made and enters the loss) and the regularisers beside DER.
+
+Every object here keeps what the config says and what one step needs. All points of a step go
+through the model in one forward: an objective or regulariser names the images that it needs
+(``points``) and is called with their logits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from derkit import attacks
+from derkit.attacks import attack_mode, input_gradient, noise_in_ball
+from derkit.config import TrainConfig
+from derkit.energy import cross_entropy, loss_linearity, marginal_energy, upcast
+from derkit.training.der import DER, Logits
+
+
+# ------------------------------------------------------------------------------------------- losses
+def adversarial(adv: Tensor, y: Tensor) -> Tensor:
+    """CE(x*, y), (B,)."""
+    return cross_entropy(adv, y)
+
+
+def kl_divergence(nat: Tensor, adv: Tensor) -> Tensor:
+    """KL(p(.|x) || p(.|x*)), (B,), with a gradient through both."""
+    log_p, log_q = F.log_softmax(upcast(nat), 1), F.log_softmax(upcast(adv), 1)
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+def trades(nat: Tensor, adv: Tensor, y: Tensor, beta: float = 6.0) -> Tensor:
+    """CE(x, y) + beta KL(p(.|x) || p(.|x*)), (B,) (arXiv 1901.08573)."""
+    return cross_entropy(nat, y) + beta * kl_divergence(nat, adv)
+
+
+def weat(nat: Tensor, adv: Tensor, y: Tensor, beta: float = 6.0) -> Tensor:
+    """WEAT, (B,) (arXiv 2407.06315): TRADES weighted by 1 / log(1 + e^|E(x)|), detached."""
+    weight = 1 / F.softplus(marginal_energy(nat).abs()).detach()
+    return weight * trades(nat, adv, y, beta)
+
+
+class Objective:
+    """A training method by its name in the config: its attack, and its loss over a batch."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.natural = config.method in ("trades", "weat")  # needs the logits of x, too
+
+    def attack(self, model: nn.Module, x: Tensor, y: Tensor, rng: torch.Generator):
+        """(x*, logits of the attack's start or None): single-step attacks get them for free."""
+        c = self.config
+        if c.method == "standard":
+            return x, None
+        options = dict(bn_mode=c.bn_mode, generator=rng, check=False)
+        if c.method in ("pgd", "trades", "weat"):
+            loss = "kl" if self.natural else "ce"
+            options |= dict(alpha=c.step_size, steps=c.steps, norm=c.norm, loss=loss)
+            return attacks.pgd(model, x, y, c.eps, **options), None
+        if c.method != "fgsm":
+            options["alpha"] = c.step_size
+        if c.method == "n_fgsm":
+            options["k"] = c.k
+        attack = attacks.ATTACKS[c.method]
+        x_adv, _, start = attack(model, x, y, c.eps, return_start=True, **options)
+        return x_adv, start
+
+    def points(self, x: Tensor) -> Logits:
+        """The images that the loss needs beside x*."""
+        return {"nat": x} if self.natural else {}
+
+    def __call__(self, logits: Logits, y: Tensor) -> Tensor:
+        """The mean loss of a batch."""
+        if self.config.method == "trades":
+            return trades(logits["nat"], logits["adv"], y, self.config.beta).mean()
+        if self.config.method == "weat":
+            return weat(logits["nat"], logits["adv"], y, self.config.beta).mean()
+        return adversarial(logits["adv"], y).mean()
+
+
+# ------------------------------------------------------------------------------------- regularisers
+class ELLE:
+    """ELLE (OpenReview SZzQz8ikwg): the loss is linear on random triplets of the ball.
+
+    mean (l(x_c) - (1 - u) l(x_a) - u l(x_b))^2 with x_c = (1 - u) x_a + u x_b.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.eps, self.norm = config.eps, config.norm
+        self.u: Tensor | None = None
+
+    def points(self, x: Tensor, x_adv: Tensor, rng: torch.Generator) -> Logits:
+        a, b = (x + noise_in_ball(x, self.eps, self.norm, rng) for _ in range(2))
+        self.u = torch.rand(len(x), generator=rng, device=x.device, dtype=x.dtype)
+        return {"a": a, "b": b, "c": torch.lerp(a, b, self.u.view(-1, 1, 1, 1))}
+
+    def __call__(self, logits: Logits, y: Tensor) -> Tensor:
+        return loss_linearity(logits["a"], logits["c"], logits["b"], self.u, y).mean()
+
+
+class GradAlign:
+    """GradAlign (arXiv 2007.02617): mean 1 - cos(grad l(x), grad l(x + r)), r uniform in the ball.
+
+    The gradient at x is detached. Samples with a zero gradient count as aligned. It asks for no
+    points: its gradients need a graph of their own.
+    """
+
+    def __init__(self, config: TrainConfig, model: nn.Module) -> None:
+        self.eps, self.norm, self.bn_mode = config.eps, config.norm, config.bn_mode
+        self.model = model
+
+    def points(self, x: Tensor, x_adv: Tensor, rng: torch.Generator) -> Logits:
+        self.x, self.near = x, x + noise_in_ball(x, self.eps, self.norm, rng)
+        return {}
+
+    def gradients(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(grad l(x) detached, grad l(x + r) with its graph), flattened to (B, D)."""
+        with attack_mode(self.model, self.bn_mode):
+            at_x, _ = input_gradient(self.model, self.x, lambda f: cross_entropy(f, y))
+            near = self.near.detach().requires_grad_(True)
+            loss = cross_entropy(self.model(near), y).sum()
+            at_near = torch.autograd.grad(loss, near, create_graph=True)[0]
+        return at_x.flatten(1), at_near.flatten(1)
+
+    def __call__(self, logits: Logits, y: Tensor) -> Tensor:
+        a, b = self.gradients(y)
+        alive = (a.norm(dim=1) > 0) & (b.detach().norm(dim=1) > 0)
+        # ones keep NaN out of the cosine's backward pass
+        a, b = (torch.where(alive[:, None], g, 1.0) for g in (a, b))
+        return torch.where(alive, 1 - F.cosine_similarity(a, b, dim=1), 0.0).sum() / len(a)
+
+
+def make_regularizer(config: TrainConfig, model: nn.Module) -> DER | ELLE | GradAlign | None:
+    """The regulariser that the config names, or None where there is none or its weight is 0."""
+    if config.regularizer == "none" or config.strength == 0:
+        return None
+    if config.regularizer == "gradalign":
+        return GradAlign(config, model)
+    return DER(config) if config.regularizer == "der" else ELLE(config)
+
+
+def weight_at(config: TrainConfig, progress: float) -> float:
+    """lambda after a share ``progress`` of training: 0 before ``start``, rising over ``warmup``.
+
+    GradAlign has its full weight from the first step on, as published.
+    """
+    if config.regularizer == "none" or progress < config.start:
+        return 0.0
+    if config.regularizer == "gradalign" or config.warmup == 0:
+        return config.strength
+    return config.strength * min(1.0, (progress - config.start) / config.warmup)

@@ -1,0 +1,1 @@
+"""The evidence: which runs are made, where, and what their records must show."""

@@ -1,0 +1,164 @@
+"""README and docs/: tables equal the records, code runs, files and links exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import derkit
+from derkit.config import TrainConfig
+from derkit.diagnosis.overfitting import summary
+from derkit.generation.metrics import generation_summary, load_generation
+from derkit.records import load_costs, load_records, records_folder
+from derkit.util import read_json
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+# a row of docs/results.md -> the suite and label of its records
+CO = {
+    "FGSM": ("co_fashion_mini", "fgsm"),
+    "FGSM + DER (segment, lambda 8)": ("co_fashion_mini", "fgsm + der"),
+    "FGSM + DER (linear, lambda 8)": ("variants_fashion_mini", "linear"),
+    "FGSM + DER (ball, lambda 8)": ("variants_fashion_mini", "ball"),
+    "N-FGSM": ("co_fashion_mini", "n_fgsm"),
+    "FGSM + GradAlign": ("co_fashion_mini", "fgsm + gradalign"),
+    "FGSM + ELLE": ("co_fashion_mini", "fgsm + elle"),
+    "PGD-5, for comparison": ("co_fashion_mini", "pgd-5"),
+}
+SHORT = {
+    "FGSM": "fgsm",
+    "+ DER (ball, lambda 8)": "fgsm + der ball",
+    "N-FGSM, noise tuned afterwards (k 0.5, alpha 0.75 eps)": "n_fgsm, tuned noise",
+    "+ ELLE (lambda 50)": "fgsm + elle",
+    "+ DER (segment, lambda 32)": "fgsm + der segment",
+    "+ DER (linear, lambda 32)": "fgsm + der linear",
+    "N-FGSM (k 2, alpha 0.75 eps)": "n_fgsm",
+    "+ GradAlign (lambda 2)": "fgsm + gradalign",
+    "N-FGSM, noise tuned, + DER (ball, lambda 2)": "n_fgsm, tuned noise + der ball",
+}
+RO = {"PGD-4": "pgd", "PGD-4 + DER": "pgd + der"}
+
+
+def tables() -> list[dict[str, list[str]]]:
+    """The tables of docs/results.md: first cell -> the other cells, without bold type."""
+    found, rows = [], {}
+    for line in [*(ROOT / "docs" / "results.md").read_text().splitlines(), ""]:
+        if line.startswith("|"):
+            cells = [cell.strip().replace("**", "") for cell in line.strip("|").split("|")]
+            rows[cells[0]] = cells[1:]
+        elif rows:
+            found.append({name: cells for name, cells in rows.items() if set(name) != {"-"}})
+            rows = {}
+    return found
+
+
+def near(cell: str, value: float, digits: int = 2) -> bool:
+    """Is the printed number the value, rounded? Half a unit, and a hair for a tie of rounding."""
+    return abs(float(cell) - value) <= 0.5 * 10**-digits + 1e-9
+
+
+def agrees(cell: str, row, metric: str) -> bool:
+    """'0.45' or '0.45 [0.43, 0.46]' against mean, min and max over seeds."""
+    numbers = re.findall(r"-?[\d.]+", cell)
+    wanted = [row[metric], row[f"{metric} min"], row[f"{metric} max"]]
+    return len(numbers) in (1, 3) and all(near(n, w) for n, w in zip(numbers, wanted, strict=False))
+
+
+@pytest.mark.parametrize("index, rows", [(0, CO), (2, SHORT)], ids=["selected", "fair"])
+def test_single_step_tables(index, rows):
+    table = tables()[index]
+    assert set(list(table)[1:]) == set(rows)
+    for name, place in rows.items():
+        suite, label = place if index == 0 else ("fashion_mnist_short", place)
+        row = summary({label: load_records(suite)[label]}).loc[label]
+        *counts, clean, pgd, strong, cost = table[name]
+        expected = f"{row['collapsed']:.0f} of {row['runs']:.0f}"
+        assert " of ".join(reversed(counts)) == expected or counts == [expected], name
+        for cell, metric in ((clean, "clean"), (pgd, "pgd"), (strong, "strong")):
+            assert agrees(cell, row, metric), (name, metric, cell)
+        names = {"linear": "fgsm + der linear", "ball": "fgsm + der ball"}
+        costs = "fashion_mnist_short" if suite == "variants_fashion_mini" else suite
+        ratio = load_costs(costs).get(names.get(label, label))
+        if ratio is not None:
+            assert near(cost, ratio, 1), (name, cost, ratio)
+
+
+def test_robust_overfitting_table():
+    table, groups = tables()[1], load_records("ro_fashion_mini")
+    for name, label in RO.items():
+        one = {label: groups[label]}
+        last, best = (summary(one, which).loc[label] for which in ("last", "best"))
+        runs, clean, pgd_best, pgd_last, strong = table[name]
+        assert int(runs) == last["runs"] and agrees(clean, last, "clean")
+        assert agrees(pgd_best, best, "pgd") and agrees(pgd_last, last, "pgd")
+        assert agrees(strong, last, "strong")
+
+
+def test_generation_table():
+    """The grid's rows of the robust classifier, and one of the standard one."""
+    rows = [generation_summary(load_generation(name)) for name in ("grid", "recipe")]
+    table = tables()[3]
+    numbers = {round(v, 1) for part in rows for v in part["CFD"].tolist()}
+    for name, cells in list(table.items())[1:]:
+        start, end, recall, spread, _ = cells
+        assert {float(start), float(end.split()[0])} <= numbers, name
+        assert 0 <= float(recall) <= 1 and 3 < float(spread) < 9
+
+
+def test_headlines_of_the_readme_are_those_of_the_tables():
+    """The README's bullet points quote numbers of docs/results.md."""
+    text = (ROOT / "README.md").read_text()
+    part = text[text.index("## What was measured") : text.index("## Citing")]
+    quoted = re.findall(r"0\.\d\d", part)
+    known = set(re.findall(r"0\.\d\d", (ROOT / "docs" / "results.md").read_text()))
+    assert len(quoted) > 5 and set(quoted) <= known
+
+
+def test_library_example_of_the_readme_runs(monkeypatch, capsys):
+    """As printed, on a run of one epoch and few images."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    make = TrainConfig.make
+    toy = dict(epochs=1, train_size=200, width=4, eval_size=32, probe_size=16, final_size=32)
+    toy |= dict(strong_size=0, precision="fp32")
+    monkeypatch.setattr(derkit.TrainConfig, "make", lambda **options: make(**(options | toy)))
+    names: dict = {}
+    exec(compile(ast.parse(code), "README", "exec"), names)
+    assert names["dE"].shape == names["penalty"].shape == (200,)
+    assert names["images"].shape == (20, 1, 28, 28) and names["images"].dtype == torch.uint8
+    assert len([line for line in code.splitlines() if line.strip()]) <= 11
+    assert capsys.readouterr().out.startswith(("None", "Onset"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_and_commands(page):
+    """Files that a page links or runs exist, and so do the flags of `derkit`."""
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (page.parent / target).exists(), target
+    for script in re.findall(r"python ((?:scripts|benchmarks)/\w+\.py)", text):
+        assert (ROOT / script).is_file(), script
+    fields = {name.replace("_", "-") for config in (derkit.TrainConfig, derkit.GenerateConfig)
+              for name in config.model_fields}
+    known = fields | {"preset", "folder", "fresh", "checkpoint", "part", "data-dir", "dataset"}
+    known |= {"measure", "inception", "autoattack", "pgd50", "strong", "images", "csv", "help"}
+    for line in re.findall(r"(?:^|-m )derkit (?:train|generate|evaluate|results)(.*)", text, re.M):
+        assert {flag for flag in re.findall(r"--([\w-]+)", line.split("#")[0])} <= known, line
+
+
+def test_channels_last_table():
+    """The page's edge is the record's: one kind of convolution, one phase, 2 to 6 channels."""
+    record = read_json(records_folder() / "channels_last.json")
+    assert len(record) == 3 and {found["cpu"] for found in record.values()} == {"AVX2"}
+    text = (ROOT / "docs" / "channels_last.md").read_text()
+    for version, found in record.items():
+        assert version.split("+")[0] in text
+        cases = found["unsafe"]
+        assert {case["convolution"] for case in cases} == {"1x1"}
+        assert {case["phase"] for case in cases} == {"backward, weights"}
+        assert {case["stride"] for case in cases} == {2}
+        assert {case["channels"] for case in cases} == {2, 3, 4, 6}

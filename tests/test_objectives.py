@@ -1,0 +1,193 @@
+"""Methods and the regularisers beside DER: float64 references, one step of everything, no sync."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from derkit import attacks
+from derkit.config import METHOD_NAMES, REGULARIZER_NAMES, VARIANT_NAMES
+from derkit.training.loop import train_step
+from derkit.training.objectives import Objective, make_regularizer, trades, weat, weight_at
+
+TIGHT = dict(rtol=0, atol=1e-12)
+COMBINATIONS = [(m, r, v) for m in METHOD_NAMES for r in REGULARIZER_NAMES
+                for v in (VARIANT_NAMES if r == "der" else ("segment",))
+                if m != "standard" or r == "none"]
+
+
+def ce(f, y):
+    return F.cross_entropy(f, y, reduction="none")
+
+
+@pytest.fixture
+def logits():
+    rng = torch.Generator().manual_seed(0)
+    nat, adv = (2 * torch.randn(8, 5, generator=rng, dtype=torch.float64) for _ in range(2))
+    return nat.requires_grad_(True), adv.requires_grad_(True), torch.arange(8) % 5
+
+
+# ----------------------------------------------------------------------------------------- losses
+def test_trades(logits):
+    nat, adv, y = logits
+    kl = F.kl_div(adv.log_softmax(1), nat.softmax(1), reduction="none").sum(1)
+    torch.testing.assert_close(trades(nat, adv, y, 2.5), ce(nat, y) + 2.5 * kl, **TIGHT)
+    torch.testing.assert_close(trades(nat, adv, y, 0.0), ce(nat, y), **TIGHT)
+    grads = torch.autograd.grad(trades(nat, adv, y).sum(), [nat, adv])
+    assert all(g.abs().sum() > 0 for g in grads)
+
+
+def test_weat_weights_each_sample_and_is_detached(logits):
+    """1 / log(1 + e^|E(x)|) times the terms of TRADES; no gradient through the weight."""
+    nat, adv, y = logits
+    weight = 1 / torch.log(1 + torch.exp(torch.logsumexp(nat, 1).abs())).detach()
+    expected = weight * trades(nat, adv, y, 6.0)
+    torch.testing.assert_close(weat(nat, adv, y), expected, **TIGHT)
+    both = (torch.autograd.grad(v.sum(), nat, retain_graph=True)[0]
+            for v in (weat(nat, adv, y), expected))
+    torch.testing.assert_close(*both, **TIGHT)
+
+
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_attack_of_each_method(name, trained, batch, config, seeded):
+    """The config's eps, step size, noise, steps, norm and BatchNorm mode reach the attack."""
+    model, x, y = trained.double(), batch[0].double(), batch[1]
+    own = {"fgsm": {}, "standard": {}, "n_fgsm": dict(alpha=0.05, k=3)}.get(name, dict(alpha=0.05))
+    c = config(method=name, eps=0.07, steps=3, attack_bn="train", precision="fp64", **own)
+    x_adv, start = Objective(c).attack(model, x, y, seeded())
+    common = dict(bn_mode="train", generator=seeded())
+    expected = x
+    if name in ("fgsm", "rs_fgsm", "n_fgsm"):
+        attack = attacks.ATTACKS[name]
+        expected, _, logits = attack(model, x, y, 0.07, return_start=True, **own, **common)
+        assert torch.equal(start, logits)
+    elif name != "standard":
+        loss = "ce" if name == "pgd" else "kl"
+        expected = attacks.pgd(model, x, y, 0.07, alpha=0.05, steps=3, loss=loss, **common)
+    assert torch.equal(x_adv, expected)
+    assert (start is None) == (name not in ("fgsm", "rs_fgsm", "n_fgsm"))
+
+
+# ------------------------------------------------------------------------------------ regularisers
+def test_elle(trained, batch, config, seeded):
+    model, x, y = trained.double(), batch[0].double(), batch[1]
+    elle = make_regularizer(config(method="fgsm", regularizer="elle", eps=0.1), model)
+    points = elle.points(x, x, seeded())
+    value = elle({name: model(z) for name, z in points.items()}, y)
+    rng = seeded()
+    a, b = (x + (2 * torch.rand(x.shape, generator=rng, dtype=x.dtype) - 1) * 0.1 for _ in range(2))
+    u = torch.rand(16, generator=rng, dtype=x.dtype)
+    la, lb, lc = (ce(model(z), y) for z in (a, b, a + u.view(-1, 1, 1, 1) * (b - a)))
+    expected = (lc - (1 - u) * la - u * lb).square().mean()
+    torch.testing.assert_close(value, expected, **TIGHT)
+
+
+def test_gradalign(trained, batch, config, seeded):
+    """1 - cos of input gradients at x (fixed) and x + r: value and parameter gradients."""
+    model, x, y = trained.double().train(), batch[0].double(), batch[1]
+    c = config(method="fgsm", regularizer="gradalign", eps=0.1, attack_bn="eval", precision="fp64")
+    align, before = make_regularizer(c, model), {k: v.clone() for k, v in model.named_buffers()}
+    assert align.points(x, x, seeded()) == {}
+    value = align({}, y)
+    assert all(torch.equal(v, before[k]) for k, v in model.named_buffers())
+    assert all(m.training for m in model.modules())
+    model.eval()
+    noise = (2 * torch.rand(x.shape, generator=seeded(), dtype=x.dtype) - 1) * 0.1
+    grads = []
+    for z in (x.clone().requires_grad_(True), (x + noise).requires_grad_(True)):
+        grads.append(torch.autograd.grad(ce(model(z), y).sum(), z, create_graph=True)[0].flatten(1))
+    a, b = grads[0].detach(), grads[1]
+    expected = (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).mean()
+    torch.testing.assert_close(value, expected, **TIGHT)
+    parameters = list(model.parameters())
+    both = (torch.autograd.grad(v, parameters, allow_unused=True) for v in (value, expected))
+    for p, q in zip(*both, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10)
+
+
+def test_gradalign_with_zero_gradients_gives_no_nan(config, seeded):
+    """Such samples count as aligned: value 0, and no part in the gradient."""
+    model = nn.Sequential(nn.Flatten(), nn.Threshold(0.5, 0), nn.Linear(16, 3)).double()
+    align = make_regularizer(config(method="fgsm", regularizer="gradalign", eps=0.05), model)
+    x = torch.full((2, 1, 4, 4), 0.1, dtype=torch.float64)  # below the threshold
+    for first in (0.1, 0.7):
+        x[0] = first
+        align.points(x, x, seeded())
+        value = align({}, torch.tensor([0, 1]))
+        gradient = torch.autograd.grad(value, model[2].weight)[0]
+        assert gradient.isfinite().all()
+        assert (value == 0) == (first == 0.1) == (gradient == 0).all()
+
+
+def test_weight_over_training(config, net):
+    """0 before start, rising over warmup; gradalign has its whole weight at once."""
+    assert make_regularizer(config(), net()) is None
+    assert make_regularizer(config(regularizer="der", weight=0), net()) is None
+    elle = config(method="fgsm", regularizer="elle", weight=8, warmup=0.4, start=0.2)
+    values = [weight_at(elle, p) for p in (0, 0.19, 0.2, 0.3, 0.4, 0.6, 0.9)]
+    assert values == pytest.approx([0, 0, 0, 2, 4, 8, 8])
+    assert weight_at(elle.change(warmup=0), 0.2) == 8
+    align = config(method="fgsm", regularizer="gradalign", weight=8, warmup=0.4)
+    assert weight_at(align, 0.0) == 8 and weight_at(config(method="fgsm"), 0.5) == 0
+
+
+# ------------------------------------------------------------------------- one step of everything
+class NoSync(TorchDispatchMode):
+    """Raises on every operation that would make the host wait for the device."""
+
+    forbidden = {"local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "unique",
+                 "item", "bincount"}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name.lstrip("_") not in self.forbidden, f"host sync: {name}"
+        if name.startswith("index") and isinstance(args[1], list | tuple):
+            mask = any(i is not None and i.dtype == torch.bool for i in args[1])
+            assert not mask, "host sync: indexing with a mask"
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_sync_guard_works():
+    x = torch.ones(2)
+    for sync in (lambda: x[0].item(), lambda: bool(x.sum() > 1), lambda: x[x > 0], x.nonzero):
+        with pytest.raises(AssertionError, match="host sync"), NoSync():
+            sync()
+
+
+@pytest.mark.parametrize("method, regularizer, variant", COMBINATIONS,
+                         ids=["-".join(c) for c in COMBINATIONS])
+def test_a_finite_step_without_host_sync(method, regularizer, variant, net, config, seeded):
+    """Loss and gradients are finite, the regulariser is in the loss, the host never waits."""
+    x = torch.rand(4, 1, 8, 8, generator=seeded(9), dtype=torch.float64)
+    y, model = torch.tensor([1, 2, 3, 4]), net(torch.float64, width=2, size=8).train()
+    c = config(method=method, regularizer=regularizer, variant=variant)
+    objective, extra = Objective(c), make_regularizer(c, model)
+    with NoSync():
+        total, statistics = train_step(model, x, y, objective, extra, 2.0, seeded())
+        total.backward()
+    grads = [p.grad for p in model.parameters()]
+    assert total.isfinite() and all(g.isfinite().all() for g in grads)
+    assert set(statistics) == {"loss", "penalty", "acc", "aae", "E_adv"}
+    expected = statistics["loss"] + 2.0 * statistics["penalty"]
+    torch.testing.assert_close(total.detach(), expected, **TIGHT)
+    assert not any(value.requires_grad for value in statistics.values())
+    if variant != "norm":  # it acts on abnormal examples, if there are any
+        assert (statistics["penalty"] > 0) == (regularizer != "none")
+
+
+@pytest.mark.parametrize("method, regularizer, points", [
+    ("fgsm", "der", 3), ("trades", "der", 3), ("trades", "none", 2), ("pgd", "none", 1)])
+def test_statistics_of_a_step(method, regularizer, points, trained, batch, config, seeded):
+    """Of x* against its start, x here; PGD's is not known. All points share one forward."""
+    model, x, y, seen = trained.double(), batch[0].double(), batch[1], []
+    c = config(method=method, regularizer=regularizer, attack_bn="eval")
+    f, start = model(Objective(c).attack(model, x, y, seeded())[0]).detach(), model(x)
+    model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    _, found = train_step(model, x, y, Objective(c), make_regularizer(c, model), 1.0, seeded())
+    assert seen[-1] == 16 * points and found["acc"] == (f.argmax(1) == y).double().mean()
+    torch.testing.assert_close(found["E_adv"], -f.exp().sum(1).log().mean(), **TIGHT)
+    aae = (ce(f, y) < ce(start, y)).double().mean()
+    assert found["aae"].isnan() if method == "pgd" else found["aae"] == aae

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from derkit.config import VARIANT_NAMES
 from derkit.training import der
 from derkit.training.der import DER
+from derkit.training.objectives import make_regularizer, weight_at
 
 TIGHT = dict(rtol=0, atol=1e-12)
 
@@ -140,3 +141,15 @@ def test_mask_without_abnormal_examples(config):
     adv = torch.tensor([[0.0, 2.0]], dtype=torch.float64)
     value = make(config, variant="norm")({"nat": nat, "adv": adv}, torch.tensor([0]))
     assert value == 0 and (torch.autograd.grad(value, nat)[0] == 0).all()
+
+
+def test_weight_over_training(config, net):
+    """0 before start, rising over warmup; gradalign has its whole weight at once."""
+    assert make_regularizer(config(), net()) is None
+    assert make_regularizer(config(regularizer="der", weight=0), net()) is None
+    elle = config(method="fgsm", regularizer="elle", weight=8, warmup=0.4, start=0.2)
+    values = [weight_at(elle, p) for p in (0, 0.19, 0.2, 0.3, 0.4, 0.6, 0.9)]
+    assert values == pytest.approx([0, 0, 0, 2, 4, 8, 8])
+    assert weight_at(elle.change(warmup=0), 0.2) == 8
+    align = config(method="fgsm", regularizer="gradalign", weight=8, warmup=0.4)
+    assert weight_at(align, 0.0) == 8 and weight_at(config(method="fgsm"), 0.5) == 0

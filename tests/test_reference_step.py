@@ -14,13 +14,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from derkit.checkpoint import load_checkpoint
-from derkit.config import METHOD_NAMES, VARIANT_NAMES
+from derkit.config import METHOD_NAMES, REGULARIZER_NAMES, VARIANT_NAMES
 from derkit.training.loop import model_from_config, train
 from derkit.util import make_generator
 
 EPS, LAMBDA, BETA, GAMMA, STEPS = 0.1, 0.7, 3.0, 0.01, 3
-REGULARIZERS = ("none", "der", "gradalign", "elle")
-CASES = [(m, r, "segment", "all") for m in METHOD_NAMES for r in REGULARIZERS
+CASES = [(m, r, "segment", "all") for m in METHOD_NAMES for r in REGULARIZER_NAMES
          if m != "standard" or r == "none"]
 CASES += [("rs_fgsm", "der", v, "all") for v in VARIANT_NAMES if v != "segment"]
 CASES += [("fgsm", "der", v, "abnormal") for v in ("norm", "ball")]

@@ -278,7 +278,8 @@ def train(config: TrainConfig, dataset: Dataset | None = None, *, model: nn.Modu
             say(f"loaded the finished run {folder.name} (same config; not trained again)")
             util.first(partial(_finish, folder, dataset, config, model, say))
             return Run(folder)
-        state = State.new(config, model or model_from_config(config, dataset), device)
+        own = model if model is not None else model_from_config(config, dataset)
+        state = State.new(config, own, device)
         hold = partial(util.hold, folder, "training") if util.rank() == 0 else nullcontext
         with util.everywhere(hold):
             util.first(is_finished)  # another process may have been quicker, with another config

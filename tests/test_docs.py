@@ -162,3 +162,6 @@ def test_channels_last_table():
         assert {case["phase"] for case in cases} == {"backward, weights"}
         assert {case["stride"] for case in cases} == {2}
         assert {case["channels"] for case in cases} == {1, 2, 3, 4, 6}
+        for width, gain in found["gain"].items():
+            (line,) = [line for line in text.splitlines() if line.startswith(f"| {width} |")]
+            assert f"{gain:.2f}" in line

@@ -50,7 +50,7 @@ def runs(tmp_path_factory):
 
 
 def test_two_processes_equal_one(runs):
-    """50 images in batches of 24, the last of 2: weights, moving average, momentum, records."""
+    """51 images in batches of 25 (13 + 12), the last of 1 (both compute it): weights, records."""
     ends = set()
     for name, twin, counts in (("plain", "plain", [2, 2]), ("der", "der", [2, 2]),
                                ("more", "der", [1, 2])):

@@ -1,7 +1,7 @@
 """What test_distributed.py starts: `python -m torch.distributed.run tests/workers.py CASES FOLDER`.
 
 CASES is JSON: {name: fields of the config, and 'mode': what goes wrong}. Each is trained in
-FOLDER/name on the first 50 bundled images; an error that all processes share is printed by each.
+FOLDER/name on 51 bundled images; an error that all processes share is printed by each.
 """
 
 import json
@@ -17,7 +17,7 @@ from derkit.data import load_dataset
 from derkit.training import loop
 from tests.conftest import SMALL
 
-TOY = SMALL | dict(method="fgsm", batch_norm=False, batch_size=24, precision="fp64", lr=0.05)
+TOY = SMALL | dict(method="fgsm", batch_norm=False, batch_size=25, precision="fp64", lr=0.05)
 train_step, train_epoch = loop.train_step, loop.train_epoch
 
 
@@ -40,7 +40,7 @@ def main(cases, folder):
         return train_epoch(state, dataset)
 
     loop.train_step, loop.train_epoch = step, epoch
-    data = load_dataset(train_size=50)
+    data = load_dataset(train_size=51)
     with util.processes():
         for name, fields in json.loads(cases).items():
             mode = fields.pop("mode", "")

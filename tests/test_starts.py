@@ -197,3 +197,11 @@ def test_too_few_images_of_a_class(some):
     one = replace(some, train=some.train.take(slice(1)), sha256="one")
     with pytest.raises(DerkitError, match="an init needs 2 images, but class 't-shirt' has 1"):
         fit_pool(one, [0], GenerateConfig.make(init="uniform"))
+
+
+def test_no_image_is_its_own_neighbour_beside_copies():
+    """Of equal images any may come first in a search; the image itself is left out all the same."""
+    x = torch.rand(6, 5, generator=torch.Generator().manual_seed(0)).repeat(3, 1)
+    near = starts.neighbours(x, k=4, rank=5)
+    assert (near != torch.arange(18)[:, None]).all() and near.shape == (18, 4)
+    assert (near[:, :2] % 6 == torch.arange(18)[:, None] % 6).all()  # its two copies come first

@@ -99,9 +99,12 @@ def neighbours(x: Tensor, k: int, rank: int) -> Tensor:
     the first ``rank`` principal coordinates."""
     mean, directions, _ = class_pca(x)
     z, exact = (x - mean) @ directions[:rank].T, "donot_use_mm_for_euclid_dist"
-    near = [torch.cdist(part, z, compute_mode=exact).topk(k + 1, largest=False).indices
-            for part in z.split(2048)]  # fmt: skip
-    return torch.cat(near)[:, 1:]  # the nearest of all is the row itself
+    near = []
+    for part in torch.arange(len(z), device=z.device).split(2048):
+        distance = torch.cdist(z[part], z, compute_mode=exact)
+        distance[torch.arange(len(part)), part] = torch.inf  # a copy of a row may come first
+        near.append(distance.topk(k, largest=False).indices)
+    return torch.cat(near)
 
 
 def cached(kind: str, key: tuple, make: Callable[..., Any], *args: Any) -> list[Tensor]:

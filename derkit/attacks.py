@@ -41,12 +41,12 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
-def _kl(logits: Tensor, log_p: Tensor) -> Tensor:
+def kl(logits: Tensor, log_p: Tensor) -> Tensor:
     """KL(p(.|x) || p(.|x*)) against fixed natural log-probabilities (B, K)."""
     return (log_p.exp() * (log_p - F.log_softmax(upcast(logits), 1))).sum(1)
 
 
-LOSSES = {"ce": cross_entropy, "kl": _kl, "margin": margin, "dlr": dlr}
+LOSSES = {"ce": cross_entropy, "kl": kl, "margin": margin, "dlr": dlr}
 
 
 # ------------------------------------------------------------------------------ checks and state

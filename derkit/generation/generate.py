@@ -239,8 +239,10 @@ def generate(model: nn.Module, dataset: Dataset, n: int | None = None, *,
         if None in found:
             say(f"part {i}/{of} is done; {found.count(None)} of {len(found)} shards are to come")
             return _join(found[i - 1 :: of], job.manifest)
-        write_json(folder / "summary.json", _join(found, {}).record)
-        return _join(found, job.manifest)
+        samples = _join(found, job.manifest)
+        summary = {k: v for k, v in samples.record.items() if k not in job.manifest}
+        write_json(folder / "summary.json", summary)
+        return samples
 
 
 def _begin(job: Job, folder: Path, fresh: bool) -> None:

@@ -19,20 +19,10 @@ from derkit.training.der import DER, Logits
 
 
 # ------------------------------------------------------------------------------------------- losses
-def adversarial(adv: Tensor, y: Tensor) -> Tensor:
-    """CE(x*, y), (B,)."""
-    return cross_entropy(adv, y)
-
-
-def kl_divergence(nat: Tensor, adv: Tensor) -> Tensor:
-    """KL(p(.|x) || p(.|x*)), (B,), with a gradient through both."""
-    log_p, log_q = F.log_softmax(upcast(nat), 1), F.log_softmax(upcast(adv), 1)
-    return (log_p.exp() * (log_p - log_q)).sum(1)
-
-
 def trades(nat: Tensor, adv: Tensor, y: Tensor, beta: float = 6.0) -> Tensor:
-    """CE(x, y) + beta KL(p(.|x) || p(.|x*)), (B,) (arXiv 1901.08573)."""
-    return cross_entropy(nat, y) + beta * kl_divergence(nat, adv)
+    """CE(x, y) + beta KL(p(.|x) || p(.|x*)), (B,), gradient through both (arXiv 1901.08573)."""
+    log_p = F.log_softmax(upcast(nat), 1)
+    return cross_entropy(nat, y) + beta * attacks.kl(adv, log_p)
 
 
 def weat(nat: Tensor, adv: Tensor, y: Tensor, beta: float = 6.0) -> Tensor:
@@ -76,7 +66,7 @@ class Objective:
             return trades(logits["nat"], logits["adv"], y, self.config.beta).mean()
         if self.config.method == "weat":
             return weat(logits["nat"], logits["adv"], y, self.config.beta).mean()
-        return adversarial(logits["adv"], y).mean()
+        return cross_entropy(logits["adv"], y).mean()
 
 
 # ------------------------------------------------------------------------------------- regularisers

@@ -300,6 +300,8 @@ def _prepare(config: TrainConfig, dataset: Dataset | None, model: nn.Module | No
     """(config, data set, environment), with everything checked that can be before any work."""
     device = util.choose_device(config.device)
     precision, why = util.choose_precision(config.precision, config.regularizer, device)
+    if config.model == "custom" and model is None:
+        raise DerkitError("model 'custom' is a module of your own: pass model=YourModule().")
     own = {} if model is None else {"model": "custom"}
     config = config.change(precision=precision, **own)
     if config.regularizer == "gradalign" and util.world() > 1:

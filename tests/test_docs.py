@@ -165,3 +165,11 @@ def test_channels_last_table():
         for width, gain in found["gain"].items():
             (line,) = [line for line in text.splitlines() if line.startswith(f"| {width} |")]
             assert f"{gain:.2f}" in line
+
+
+def test_times_of_the_notebooks():
+    """The README's minutes are those of a recorded pass."""
+    seconds = read_json(records_folder() / "notebook_times.json")["notebooks"]
+    text = (ROOT / "README.md").read_text()
+    found = re.findall(r"^\| \[(0\d_\w+)\].*\| ([\d.]+) \|$", text, re.M)
+    assert dict(found) == {name: f"{value / 60:.1f}" for name, value in seconds.items()}

@@ -134,9 +134,11 @@ def noise_in_ball(x: Tensor, eps: float, norm: str = "linf", generator: Generato
 
 # ----------------------------------------------------------------------------------- single-step
 def _single_step(model: nn.Module, x: Tensor, y: Tensor, eps: float, step: float, noise: float = 0,
-                 projected: bool = True, *, alpha: float | None = None, bn_mode: str = "eval",
-                 generator: Generator = None, check: bool = True, return_start: bool = False):
-    """x* of one signed step of size alpha, default ``step`` eps, from noise up to ``noise`` eps."""
+                 projected: bool = True, q: float = 0, *, alpha: float | None = None,
+                 bn_mode: str = "eval", generator: Generator = None, check: bool = True,
+                 return_start: bool = False):
+    """x* of one signed step of size alpha, default ``step`` eps, from noise up to ``noise`` eps.
+    The smallest share q of each gradient's entries is left out."""
     check_eps(eps)
     if check:
         check_batch(x, y, model)
@@ -145,6 +147,10 @@ def _single_step(model: nn.Module, x: Tensor, y: Tensor, eps: float, step: float
         start = (x + noise_in_ball(x, noise * eps, "linf", generator)).clamp(0, 1)
     with attack_mode(model, bn_mode):
         grad, logits = input_gradient(model, start, lambda f: cross_entropy(f, y))
+    if q:
+        size = grad.abs().flatten(1)
+        low = size.kthvalue(max(1, round(q * size.shape[1])), dim=1).values
+        grad = grad * (grad.abs() > low[:, None, None, None])
     x_adv = start + (step * eps if alpha is None else alpha) * grad.sign()
     x_adv = project(x_adv, x, eps) if projected else x_adv.clamp(0, 1)
     return (x_adv, start, logits) if return_start else x_adv
@@ -169,6 +175,12 @@ def n_fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, k: float = 2.0
     """N-FGSM (arXiv 2202.01181): start U(-k eps, k eps) clipped to valid pixels, step alpha
     (default eps), NO projection: up to (k + 1) eps from x. Never report robustness with it."""
     return _single_step(model, x, y, eps, step=1, noise=k, projected=False, **options)
+
+
+def zerograd(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, q: float = 0.35, **options):
+    """ZeroGrad (arXiv 2103.15476): RS-FGSM with step alpha (default 2 eps) along the signs of the
+    gradient's larger entries; the smallest share q of every image's entries is zeroed."""
+    return _single_step(model, x, y, eps, step=2, noise=1, q=q, **options)
 
 
 # ------------------------------------------------------------------------------------------- PGD
@@ -275,4 +287,5 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: float | None 
     return best
 
 
-ATTACKS: dict[str, Callable] = {"fgsm": fgsm, "rs_fgsm": rs_fgsm, "n_fgsm": n_fgsm, "pgd": pgd}
+ATTACKS: dict[str, Callable] = dict(
+    fgsm=fgsm, rs_fgsm=rs_fgsm, n_fgsm=n_fgsm, zerograd=zerograd, pgd=pgd)

@@ -39,10 +39,11 @@ Amount, Share = Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0, le=1
 Decay, Kept = Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(gt=0, le=1)]
 Auto = Literal["auto"]
 Augment = Literal["none", "flip", "crop", "crop_flip", "crop_reflect_flip"]
-Model = Literal["small_cnn", "preact_resnet18", "wide_resnet", "custom"]
-Method = Literal["standard", "fgsm", "rs_fgsm", "n_fgsm", "pgd", "trades", "weat"]
-Regularizer = Literal["none", "der", "gradalign", "elle"]
-Variant = Literal["norm", "marginal", "segment", "ball", "linear"]
+Model = Literal["one_layer", "small_cnn", "preact_resnet18", "wide_resnet", "custom"]
+Method = Literal["standard", "fgsm", "rs_fgsm", "n_fgsm", "zerograd", "pgd", "trades", "weat"]
+Regularizer = Literal["none", "der", "gradalign", "elle", "aaer"]
+Variant = Literal["norm", "marginal", "segment", "ball"]
+Optimizer = Literal["sgd", "adam"]
 Schedule = Literal["piecewise", "triangular", "cosine", "onecycle", "constant"]
 Init = Literal["uniform", "class_gaussian", "pca_published", "pca", "local_pca", "noisy_images"]
 Precision = Literal["auto", "fp32", "fp64", "bf16", "fp16"]
@@ -136,6 +137,7 @@ class TrainConfig(Config):
     image_size: Count = option(0, "square size of imagefolder images; 0 = 32")
     augment: Augment = option("none", "on the device (published: crop_flip; SVHN: none)")
     model: Model = option("small_cnn", "network (published: preact_resnet18)")
+    filters: Positive = option(4, "one_layer: filters of its convolution")
     width: Count = option(0, "first block's channels, wide_resnet: factor; 0 = 16, 64 or 10")
     batch_norm: bool = option(True, "small_cnn: BatchNorm after every convolution")
     depth: Annotated[int, Field(ge=10)] = option(28, "wide_resnet: 6n + 4 (published: 28 or 34)")
@@ -144,27 +146,30 @@ class TrainConfig(Config):
     normalize: bool = option(True, "normaliser inside the model (GradAlign, WEAT: false)")
     method: Method = option("rs_fgsm", "how adversarial examples are made and weighed")
     eps: Radius = option(0.2, "radius in pixel units (published: 8/255)")
-    alpha: Radius | Auto = option(AUTO, "step; auto: eps, 1.25 eps (rs_fgsm), eps/4 (pgd)")
+    alpha: Radius | Auto = option(AUTO, "step; auto: eps, rs_fgsm 1.25 eps, zerograd 2 eps, pgd eps/4")
     k: Amount = option(2.0, "n_fgsm: noise in units of eps (published: 2; SVHN 3, WRN 4)")
+    q: Decay = option(0.35, "zerograd: share of each gradient that is zeroed (published: 0.35)")
     steps: Positive = option(10, "attack steps of pgd, trades and weat (published: 10)")
     norm: Literal["linf", "l2"] = option("linf", "ball of pgd, trades, weat and the evaluation")
     attack_bn: Literal["auto", "train", "eval"] = option(AUTO, "auto: eval for trades and weat")
     beta: Amount = option(6.0, "weight of the KL term of trades and weat (published: 6)")
     regularizer: Regularizer = option("none", "added to the method's loss")
-    variant: Variant = option("segment", "DER: which energies are smoothed, and where")
+    variant: Variant = option("norm", "DER: which energies are smoothed, and where")
     mask: Literal["auto", "abnormal", "all"] = option(AUTO, "DER; auto: abnormal for norm only")
     gamma: Amount = option(0.0, "DER norm: the distance that costs nothing (published: 0 or 0.2)")
-    weight: Amount | Auto = option(AUTO, "lambda; auto: 8 (der), 50 (elle), gradalign's own")
+    weight: Amount | Auto = option(AUTO, "lambda; auto: norm 0.5, other DER 8, elle 50, aaer 1")
     start: Share = option(0.0, "share of training from which the regulariser acts")
-    warmup: Share = option(0.15, "share after it in which lambda rises from 0 (der, elle)")
+    warmup: Share = option(0, "share after it in which lambda rises from 0 (der, elle)")
     epochs: Positive = option(30, "epochs (N-FGSM: 30, WEAT: 100, Rice: 200)")
     batch_size: Positive = option(128, "images a step, over all processes (published: 128)")
     lr: Amount = option(0.1, "peak learning rate (Rice: 0.1, Wong: 0.2, GradAlign: 0.3)")
     schedule: Schedule = option("onecycle", "of the learning rate (Rice: piecewise)")
     peak: Share = option(0.25, "share at which onecycle and triangular peak (Wong: 0.5)")
-    momentum: Decay = option(0.9, "of SGD (published: 0.9)")
-    weight_decay: Amount = option(5e-4, "of SGD (published: 5e-4)")
+    optimizer: Optimizer = option("sgd", "sgd with momentum, or adam")
+    momentum: Decay = option(0.9, "of sgd (published: 0.9)")
+    weight_decay: Amount = option(5e-4, "times the weights, onto gradients (published: 5e-4)")
     clip: Amount = option(0.0, "largest gradient norm; 0 = no clipping")
+    awp: Amount = option(0.0, "size of AWP's weight perturbation (published: 0.01); 0 = off")
     ema: Decay = option(0.0, "decay of a moving average of the weights, evaluated; 0 = off")
     eval_steps: Positive = option(10, "PGD steps after every epoch (published: 10)")
     eval_size: Positive = option(256, "validation images after every epoch")
@@ -175,6 +180,7 @@ class TrainConfig(Config):
     strong_size: Count = option(200, "test images of the strong evaluation; 0 = none")
     pgd50_size: Annotated[Count, ASIDE] = option(0, "test images of PGD-50-10; 0 = none")
     autoattack_size: Annotated[Count, ASIDE] = option(0, "test images of AutoAttack; 0 = none")
+    judge_best: Annotated[bool, ASIDE] = option(True, "the best epoch gets all of these, too")
     stop_on_co: bool = option(False, "stop at the catastrophic-overfitting alarm")
     seed: Count = option(0, "seed of everything random")
     device: Annotated[str, ASIDE] = option(AUTO, "auto, cpu, cuda, cuda:1, mps")
@@ -194,6 +200,10 @@ class TrainConfig(Config):
             bad = f"the step of fgsm is eps, found alpha {self.alpha:g}: use rs_fgsm or n_fgsm."
         if method != "n_fgsm" and self.k != 2:
             bad = f"k is the noise of n_fgsm, found k {self.k:g} with method {method!r}."
+        if method != "zerograd" and self.q != 0.35:
+            bad = f"q is a setting of zerograd, found q {self.q:g} with method {method!r}."
+        if self.regularizer == "aaer" and method not in ("fgsm", "rs_fgsm", "n_fgsm", "zerograd"):
+            bad = f"aaer is for single-step methods, found {method!r}."
         if method == "standard" and self.regularizer != "none":
             bad = f"{self.regularizer} needs adversarial examples; method 'standard' makes none."
         if bad:
@@ -210,7 +220,7 @@ class TrainConfig(Config):
     @property
     def step_size(self) -> float:
         """alpha of the training attack, with 'auto' resolved."""
-        scale = {"rs_fgsm": 1.25, "n_fgsm": 1.0, "fgsm": 1.0}.get(self.method, 0.25)
+        scale = dict(fgsm=1, rs_fgsm=1.25, n_fgsm=1, zerograd=2).get(self.method, 0.25)
         return self.eps * scale if self.alpha == AUTO else self.alpha
 
     @property
@@ -223,7 +233,8 @@ class TrainConfig(Config):
     def strength(self) -> float:
         """lambda of the regulariser, with 'auto' resolved (GradAlign: arXiv 2007.02617)."""
         align = min(0.02 * 10 ** (self.eps * 255 / 8), 2.0)
-        auto = {"none": 0.0, "der": 8.0, "elle": 50.0, "gradalign": align}[self.regularizer]
+        der = 0.5 if self.variant == "norm" else 8.0
+        auto = dict(none=0.0, der=der, elle=50.0, gradalign=align, aaer=1.0)[self.regularizer]
         return auto if self.weight == AUTO else self.weight
 
     @property
@@ -234,10 +245,13 @@ class TrainConfig(Config):
 
 Preset = namedtuple("Preset", "about values")  # where values for `TrainConfig.make` come from
 _MINI = dict(width=8, precision="fp64", train_size=3000)
-_CO = _MINI | dict(method="fgsm", eps=0.22, epochs=24, eval_size=100, probe_size=64, final_size=500)
-_RO = _CO | dict(method="pgd", steps=4, eps=0.07, attack_bn="eval", epochs=45, lr=0.05, width=16,
-                 train_size=250, batch_size=32, weight_decay=0, eval_size=128, eval_steps=5,
-                 probe_size=50)
+_ONE = dict(model="one_layer", method="fgsm", optimizer="adam", lr=0.003, schedule="triangular",
+            peak=0.4, precision="fp32", eval_size=1000, strong_size=1000)
+_CO = _ONE | dict(train_size=3000, eps="40/255")
+_CO_CIFAR = _ONE | dict(dataset="cifar10", filters=16, train_size=10000, eps="8/255")
+_RO = _MINI | dict(method="pgd", steps=4, eps=0.07, attack_bn="eval", epochs=45, lr=0.05, width=16,
+                   train_size=250, batch_size=32, weight_decay=0, eval_size=128, eval_steps=5,
+                   probe_size=50, final_size=500, warmup=0.15)
 _CIFAR = dict(dataset="cifar10", augment="crop_flip", model="preact_resnet18", eps="8/255",
               eval_size=1000, probe_size=256, final_size=0, strong_size=1000, pgd50_size=1000,
               autoattack_size=1000)
@@ -246,11 +260,14 @@ _ALIGN = _FAST | dict(method="fgsm", regularizer="gradalign", lr=0.3, peak=0.4, 
                       final_bn=False, normalize=False)
 _RICE = _CIFAR | dict(method="pgd", epochs=200, schedule="piecewise", augment="crop_reflect_flip")
 _SVHN = _RICE | dict(dataset="svhn", lr=0.01, alpha="1/255", augment="none")
+_DER = dict(regularizer="der", gamma=0, epochs=50)
+_DER_AT = dict(regularizer="der", weight=6, gamma=0.2, mask="all", start=0.8, epochs=100)
 _TRADES = _CIFAR | dict(method="trades", epochs=100, normalize=False)
 
 PRESETS = {
     "fashion_mini": Preset("bundled data, small net, float64: same digits on every CPU", _MINI),
-    "fashion_co": Preset("bundled data, FGSM where it collapses: catastrophic overfitting", _CO),
+    "fashion_co": Preset("bundled data, one layer, FGSM: it collapses within a minute", _CO),
+    "cifar10_co": Preset("10,000 images of CIFAR-10, one layer, FGSM: it collapses", _CO_CIFAR),
     "fashion_ro": Preset("bundled data, PGD on few images: robust overfitting", _RO),
     "fashion_mnist": Preset("full data", dict(dataset="fashion_mnist", width=16, epochs=15)),
     "cifar10": Preset("PreActResNet-18, 30 epochs, LR 0.2 (Wong et al. 2020, N-FGSM 2022)", _FAST),
@@ -258,6 +275,10 @@ PRESETS = {
     "nfgsm2022": Preset("N-FGSM, k 2, alpha eps (arXiv 2202.01181)", _FAST | {"method": "n_fgsm"}),
     "gradalign2020": Preset("FGSM + GradAlign, no normaliser (arXiv 2007.02617)", _ALIGN),
     "rice2020": Preset("PGD-10, 200 epochs, LR / 10 at 50 % and 75 % (arXiv 2002.11569)", _RICE),
+    "rs_der": Preset("RS-FGSM + DER, as a third party reports", _FAST | _DER | {"weight": 0.5}),
+    "n_der": Preset("N-FGSM + DER, as a third party reports",
+                    _FAST | _DER | dict(method="n_fgsm", weight=0.1)),
+    "der_at": Preset("PGD-10, DER in the final fifth, as a third party reports", _RICE | _DER_AT),
     "trades2019": Preset("TRADES, beta 6, 100 epochs (recipe of arXiv 2407.06315)", _TRADES),
     "weat2024": Preset("TRADES weighed by energy (arXiv 2407.06315)", _TRADES | {"method": "weat"}),
     "cifar100": Preset("the cifar10 recipe on CIFAR-100", _FAST | {"dataset": "cifar100"}),

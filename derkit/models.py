@@ -22,6 +22,19 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
 
+class OneLayer(nn.Module):
+    """One 3x3 convolution, ReLU, one linear layer: the smallest network that catastrophically
+    overfits (after the four-filter CNN of arXiv 2007.02617)."""
+
+    def __init__(self, channels: int, classes: int, size: int, filters: int = 4) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, filters, 3, padding=1)
+        self.head = nn.Linear(filters * size**2, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.conv(x)).flatten(1))
+
+
 class SmallCNN(nn.Module):
     """Four 3x3 convolutions; 92k parameters at width 16 on 28x28 grey images. Strided first layers
     would print a checkerboard into input gradients, so it pools averages instead."""
@@ -114,7 +127,8 @@ class WideResNet(PreActNet):
         super().__init__(channels, classes, 16, widths, (depth - 4) // 6, "bn", True)
 
 
-MODELS = dict(small_cnn=SmallCNN, preact_resnet18=PreActResNet, wide_resnet=WideResNet)
+MODELS = dict(one_layer=OneLayer, small_cnn=SmallCNN, preact_resnet18=PreActResNet,
+              wide_resnet=WideResNet)
 # what each model can be told beyond its channels, classes and size
 OPTIONS = {name: tuple(signature(net).parameters)[3:] for name, net in MODELS.items()}
 

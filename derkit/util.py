@@ -177,10 +177,13 @@ def images_format(model: torch.nn.Module) -> torch.memory_format:
 
     On a CPU a pointwise convolution with stride and fewer than 8 input channels corrupts the heap
     in its float32 backward pass (AVX2; torch 2.6 to 2.14, docs/channels_last.md), and convolutions
-    of fewer than 8 filters gain nothing. A network with either stays contiguous there.
+    of fewer than 8 filters gain nothing. A network with either stays contiguous there, and so does
+    one with a single convolution, whose maps would be copied back at once.
     """
     convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
     on_gpu = any(p.is_cuda for p in model.parameters())
+    if len(convolutions) == 1 and not on_gpu:
+        return torch.contiguous_format
     for conv in convolutions if not on_gpu else []:
         strided_pointwise = conv.kernel_size == (1, 1) and conv.stride != (1, 1)
         if conv.out_channels < 8 or (strided_pointwise and conv.in_channels < 8):

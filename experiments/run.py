@@ -100,8 +100,8 @@ def close(run: Experiment, job: submitit.Job) -> bool:
 def execute(runs: Sequence[Experiment], known: list[Experiment], submit: Submit, jobs: int) -> int:
     """Run them, ``jobs`` at a time; returns how many failed, which does not stop the others.
 
-    A run whose lambda is still to be chosen waits for its sweep (``known``: all runs of the suite)
-    and is left out, with a line, where that is not going to be run.
+    A run whose settings are still to be chosen waits for its sweep (``known``: all runs of the
+    suite) and is left out, with a line, where that is not going to be run.
     """
     waiting, running, failed = list(runs), {}, 0
     while waiting or running:
@@ -182,7 +182,7 @@ def start(options: Options) -> int:
                for name, size in pairs("--evaluate", options.evaluate).items()}
     if options.dry_run:
         for run in runs:
-            c, state = run.config, ", lambda from its sweep" if run.sweep else ""
+            c, state = run.config, ", settings from its sweep" if run.sweep else ""
             state = ", finished" if run in done else state
             print(f"{run.group} {run.slug}: {c.method}, {c.regularizer}, eps {c.eps:.4f}, "
                   f"{c.epochs} epochs{state}")

@@ -1,7 +1,7 @@
 """Suites: which experiments are run, in which order, with which settings. Plain Python.
 
 An `Experiment` is a labelled config with its seeds; `planned` gives the runs, one for every seed.
-The weight lambda of an experiment may come from a sweep: from the run, among those whose label
+The settings of an experiment (`TUNED`) may come from a sweep: from the run, among those whose label
 matches ``sweep``, with the highest PGD accuracy on validation images (mean of the last three
 epochs). Runs that diverged are out.
 """
@@ -21,10 +21,8 @@ from derkit.records import Run, records_folder, runs_folder
 from derkit.util import home, pick, read_json
 
 DIVERGED = "diverged.json"  # among the records of a run whose loss stopped being finite
-FORM = dict(variant="segment")  # of DER where a label names none, whatever the config's default is
-FP32 = FORM | dict(precision="fp32")
-NAMED = dict(method=r"^(?:ro )?(fgsm|rs_fgsm|n_fgsm|pgd|trades)", steps=r"(?:pgd|trades)-(\d+)",
-             k=r" k ([\d.]+)", regularizer=r"\+ (der|elle|gradalign)", variant=r"\+ der (\w+)",
+NAMED = dict(method=r"^(fgsm|rs_fgsm|n_fgsm|zerograd|pgd|trades)", steps=r"^pgd-(\d+)",
+             regularizer=r"\+ (der|elle|gradalign|aaer)", variant=r"\+ der (\w+)",
              eps=r"eps (\d+/255)", weight=r"lambda ([\d.]+)")  # fields that a label sets
 
 
@@ -39,7 +37,7 @@ class Suite(NamedTuple):
 class Experiment:
     """A configuration with its seeds; what `planned` returns is one of its runs, with one seed.
 
-    ``sweep``: a pattern of the labels that lambda is chosen from, '' once it is known.
+    ``sweep``: a pattern of the labels that settings are chosen from, '' once they are known.
     """
 
     label: str
@@ -89,7 +87,7 @@ class Experiment:
 
 
 def planned(name: str, overrides: dict[str, Any] | None = None) -> list[Experiment]:
-    """The runs of a suite, one seed of everything first; each lambda resolved that can be.
+    """The runs of a suite, one seed of everything first; settings resolved where they can be.
 
     ``overrides`` go into every config. Where they change results, the suite gets another name.
     """
@@ -106,15 +104,16 @@ def planned(name: str, overrides: dict[str, Any] | None = None) -> list[Experime
 
 
 def resolve(run: Experiment, runs: list[Experiment]) -> Experiment:
-    """The run with the lambda that its sweep chose; unchanged while a run of it is missing."""
+    """The run with the settings that its sweep chose; unchanged while a run of it is missing."""
     sweep = [other for other in runs if fnmatchcase(other.label, run.sweep)]
     sweep = [other for other in sweep if not other.diverged]
     records = [other.finished(other.records) for other in sweep]
     if not sweep or not all(records):
         return run
     reached = [record.epochs["valid_pgd"].tail(3).mean() for record in records]
-    weight = sweep[reached.index(max(reached))].config.weight
-    return replace(run, config=run.config.change(weight=weight), sweep="")
+    best = sweep[reached.index(max(reached))].config
+    chosen = {name: getattr(best, name) for name in TUNED}
+    return replace(run, config=run.config.change(**chosen), sweep="")
 
 
 def experiment(label: str, preset: str, common: dict[str, Any], *, group: str = "",
@@ -127,101 +126,90 @@ def experiment(label: str, preset: str, common: dict[str, Any], *, group: str = 
     return Experiment(label, config, group, seeds, sweep)
 
 
-# ----------------------------------------------------------------------------- the bundled images
+# ---------------------------------------------------- catastrophic overfitting of a single layer
+TUNED = ("weight", "alpha", "k", "q")  # fields that a sweep may choose
+
+
+def settings(eps: float) -> dict[str, list[dict[str, float]]]:
+    """Four settings a row, tried on validation images. FGSM has nothing to choose."""
+
+    def alphas(*factors: float, **more: float) -> list[dict[str, float]]:
+        return [dict(alpha=round(factor * eps, 6), **more) for factor in factors]
+
+    weights = {"fgsm + der norm": (0.5, 1, 2, 4), "rs_fgsm + der norm": (0.25, 0.5, 1, 2),
+               "n_fgsm + der norm": (0.1, 0.5, 1, 2), "fgsm + der ball": (2, 4, 8, 16),
+               "fgsm + der segment": (4, 8, 16, 32), "fgsm + der marginal": (1, 2, 4, 8),
+               "fgsm + elle": (10, 50, 250, 1000), "fgsm + gradalign": (0.5, 1, 2, 4),
+               "rs_fgsm + aaer": (0.5, 1, 2, 4)}
+    return {"fgsm": [{}], "rs_fgsm": alphas(0.75, 1, 1.25, 1.5),
+            "n_fgsm": [*alphas(1, k=1), *alphas(0.75, 1, k=2), *alphas(1, k=3)],
+            "zerograd": [*alphas(1.25, 2, q=0.35), *alphas(1.25, 2, q=0.5)],
+            "pgd-10": alphas(0.125, 0.25, 0.5, 1),
+            **{row: [dict(weight=value) for value in values] for row, values in weights.items()}}
+
+
+def one_layer(preset: str, seeds: tuple[int, ...], rows: tuple[str, ...] = (),
+              **common: Any) -> list[Experiment]:
+    """For every row its settings on one seed, judged on validation images (group tune: a single
+    test image), then the chosen one on fresh seeds (group test), whose test images are looked at
+    once."""
+    base = TrainConfig.make(preset, **common)
+    tune = partial(experiment, preset=preset, group="tune", seeds=(100,), common=common | dict(
+        final_size=1, strong_size=0))
+    test = partial(experiment, preset=preset, group="test", seeds=seeds, common=common | dict(
+        pgd50_size=1000, autoattack_size=1000, judge_best=False))
+    options = settings(base.eps)
+    options = {row: options[row] for row in rows or options}
+    swept = {row: values for row, values in options.items() if len(values) > 1}
+
+    def name(row: str, values: dict[str, float]) -> str:
+        return f"{row}: " + ", ".join(f"{key} {value:g}" for key, value in values.items())
+
+    return [*(tune(name(row, values), **values) for row in swept for values in swept[row]),
+            *(test(row, sweep=f"{row}: *" if row in swept else "") for row in options)]
+
+
 def co_fashion_mini() -> list[Experiment]:
-    """Catastrophic overfitting on the bundled data at eps 0.22: the base method, DER, and what
-    people would use instead."""
-    co = partial(experiment, preset="fashion_co", common=FP32)
-    labels = ("fgsm", "fgsm + der", "n_fgsm", "fgsm + elle", "fgsm + gradalign")
-    return [*map(co, labels), co("pgd-5", seeds=(0,))]
+    """Catastrophic overfitting on the bundled data: one layer of 4 filters, 3,000 images, eps
+    40/255, 30 epochs. Every row at the best of four settings on validation images, five seeds."""
+    return one_layer("fashion_co", (0, 1, 2, 3, 4))
 
 
-def variants_fashion_mini() -> list[Experiment]:
-    """Forms of DER on FGSM at eps 0.22: where the energy is smoothed."""
-    return [experiment(form, "fashion_co", FP32, regularizer="der", variant=form)
-            for form in ("marginal", "linear", "ball")]
+def co_cifar10() -> list[Experiment]:
+    """Catastrophic overfitting on 10,000 images of CIFAR-10: one layer of 16 filters, eps 8/255,
+    30 epochs. Every row at the best of four settings on validation images, three seeds."""
+    return one_layer("cifar10_co", (0, 1, 2))
 
 
+def co_cifar100() -> list[Experiment]:
+    """Catastrophic overfitting on 10,000 images of CIFAR-100, as on CIFAR-10: the rows that
+    matter."""
+    return one_layer("cifar10_co", (0, 1, 2), dataset="cifar100", rows=(
+        "fgsm", "rs_fgsm", "n_fgsm", "fgsm + der norm", "rs_fgsm + der norm", "fgsm + der ball"))
+
+
+# ----------------------------------------------------------------------------- robust overfitting
 def ro_fashion_mini() -> list[Experiment]:
     """Robust overfitting on the bundled data: PGD-4 training on 250 images, with and without
     DER."""
-    return [experiment(label, "fashion_ro", FP32) for label in ("pgd", "pgd + der")]
-
-
-# Tuning looks at validation images only: the final evaluation is on a single test image.
-tune = partial(experiment, preset="fashion_co", seeds=(100,),
-               common=FP32 | dict(eval_size=300, final_size=1, strong_size=0))
-STEPS = {"0.5 eps": 0.11, "0.75 eps": 0.165, "eps": 0.22, "1.25 eps": 0.275}
-
-
-def tune_fashion_mini() -> list[Experiment]:
-    """Three strengths of every method on one seed, eps 0.22: the one with the best PGD-10 accuracy
-    on 300 validation images in the last epoch goes to fashion_mnist_short."""
-    rows = [*product(("der segment", "der linear", "der ball"), (2, 8, 32)),
-            *product(["elle"], (10, 50, 250)), *product(["gradalign"], (0.5, 2, 8))]
-    return [*(tune(f"fgsm + {name}, lambda {weight}") for name, weight in rows),
-            *(tune(f"n_fgsm, alpha {step}", alpha=STEPS[step]) for step in list(STEPS)[1:])]
-
-
-def tune_n_fgsm_fashion_mini() -> list[Experiment]:
-    """After the comparison of fashion_mnist_short: N-FGSM with more settings than any other method,
-    its noise k as well as its step alpha, on the seed and the validation images of
-    tune_fashion_mini; then DER (ball) on top of its best setting."""
-    low, best, full = list(STEPS)[:3]
-    rows = [(1, best), (1, full), (3, best), (3, full), (2, low), (0.5, low), (0.5, best),
-            (0.5, full), (1, low), (1.5, low), (1.5, best), (1.5, full)]
-    with_der = (f"n_fgsm, k 0.5, alpha 0.75 eps + der ball, lambda {weight}" for weight in (2, 8))
-    return [*(tune(f"n_fgsm, k {k}, alpha {step}", alpha=STEPS[step]) for k, step in rows),
-            *(tune(label, alpha=STEPS[best]) for label in with_der)]
-
-
-# ---------------------------------------------------------------------------------- Fashion-MNIST
-def fashion_mnist_short() -> list[Experiment]:
-    """Catastrophic overfitting on 20,000 images of Fashion-MNIST at eps 0.22, 6 epochs: every
-    method at the strength that tune_fashion_mini chose on validation images, fresh seeds, test
-    images looked at once. About half an hour on two CPU cores."""
-    short = partial(experiment, preset="fashion_mnist", common=FP32 | dict(
-        train_size=20000, epochs=6, eps=0.22, width=8, eval_size=250, probe_size=64,
-        final_size=2000, strong_size=1000))
-    tuned, six = dict(k=0.5, alpha=0.165), (0, 1, 2, 3, 4, 5)
-    # Three seeds more for the two best rows, whose ranges overlapped. The two rows with tuned noise
-    # were added after a look at the others: the best of 15 settings on validation images, and on
-    # top of it the better of two lambdas.
-    return [short("fgsm"), short("fgsm + der ball", weight=8, seeds=six),
-            short("fgsm + elle", weight=50), short("fgsm + der segment", weight=32),
-            short("fgsm + der linear", weight=32), short("n_fgsm", alpha=0.165),
-            short("fgsm + gradalign", weight=2),
-            short("n_fgsm, tuned noise", **tuned, seeds=six),
-            short("n_fgsm, tuned noise + der ball", **tuned, weight=2)]
-
-
-def fashion_mnist() -> list[Experiment]:
-    """Fashion-MNIST from its full set, small nets, for a CPU. CO: 30,000 images, eps 0.22, 15
-    epochs, two seeds. RO: 2,000 images, eps 0.1, 60 epochs, one seed. A few CPU hours in all."""
-    sizes = FP32 | dict(eval_size=250, probe_size=64, pgd50_size=500, autoattack_size=200)
-    co = partial(experiment, preset="fashion_mnist", group="CO", seeds=(0, 1),
-                 common=sizes | dict(train_size=30000, width=8, eps=0.22))
-    ro = partial(experiment, preset="fashion_ro", group="RO", seeds=(0,), common=sizes | dict(
-        dataset="fashion_mnist", train_size=2000, epochs=60, eps=0.1))
-    single = ("fgsm", "n_fgsm", "fgsm + der ball", "fgsm + der linear", "fgsm + der segment",
-              "fgsm + elle", "fgsm + gradalign")
-    several = ("ro pgd-4", "ro pgd-4 + der segment", "ro pgd-4 + der ball", "ro trades-4")
-    return [*map(co, single), co("pgd-5", seeds=(0,)), *map(ro, several),
-            ro("ro pgd-4, EMA", ema=0.995)]
+    return [experiment(label, "fashion_ro", dict(precision="fp32", variant="segment"))
+            for label in ("pgd", "pgd + der")]
 
 
 # --------------------------------------------------------------------------------------- CIFAR-10
 def cifar10() -> list[Experiment]:
-    """CIFAR-10, PreActResNet-18. A: catastrophic overfitting of FGSM, RS-FGSM and N-FGSM. B1: forms
-    of DER, and ELLE, with lambda swept on validation images; B2: the finalists with three seeds.
-    C: robust overfitting over 200 epochs."""
-    one = partial(experiment, preset="cifar10", common=FORM)
-    long = partial(experiment, preset="rice2020", common=FORM | dict(final_steps=10), group="C")
+    """CIFAR-10, PreActResNet-18. A: catastrophic overfitting of FGSM, RS-FGSM and N-FGSM. B1: the
+    ball form of DER, and ELLE, with lambda swept on validation images; B2: those, the reported form
+    of DER, and GradAlign with three seeds. C: robust overfitting over 200 epochs."""
+    one = partial(experiment, preset="cifar10", common={})
+    long = partial(experiment, preset="rice2020", common=dict(final_steps=10), group="C")
     once = partial(long, seeds=(0,))
     swept = partial(one, group="B1", seeds=(0,), pgd50_size=0, autoattack_size=0)
-    radii, forms = ("16/255", "12/255", "8/255"), ("ball", "linear", "segment", "marginal")
-    ders = [f"{m} + der {form}" for form, m in product(forms, ("fgsm", "rs_fgsm"))]
-    lambdas = dict.fromkeys(ders, (2, 8, 32)) | {"fgsm + elle": (50, 500, 4000)}
+    radii = ("16/255", "12/255", "8/255")
+    lambdas = {f"{m} + der ball": (2, 8, 32) for m in ("fgsm", "rs_fgsm")}
+    lambdas |= {"fgsm + elle": (50, 500, 4000)}
+    reported = {"rs_fgsm + der norm": 0.5, "n_fgsm + der norm": 0.1}
+    late = dict(weight=6, gamma=0.2, mask="all", start=0.8)
 
     def final(name: str, eps: str) -> Experiment:
         at = "8/255" if eps == "8/255" else "16/255"
@@ -231,17 +219,14 @@ def cifar10() -> list[Experiment]:
               for m, eps in product(("fgsm", "rs_fgsm", "n_fgsm"), radii[::-1])),
             *(swept(f"{name} eps {eps} lambda {weight}")
               for name, eps in product(lambdas, radii[::2]) for weight in lambdas[name]),
-            *(final(name, eps) for name, eps in product(ders[:-2], radii[:2])),
-            *(final(name, "8/255") for name in ders[:-2]),
-            *(final("fgsm + elle", eps) for eps in radii),
+            *(final(name, eps) for name, eps in product(lambdas, radii)),
+            *(one(f"{name} eps {eps}", group="B2", weight=weight)
+              for (name, weight), eps in product(reported.items(), radii)),
             *(one(f"fgsm + gradalign eps {eps}", preset="gradalign2020", group="B2")
               for eps in radii),  # lambda by the published formula, recipe of its authors
-            *map(long, ("pgd-10", "pgd-10 + der segment", "pgd-10 + der ball")),
-            *map(once, ("trades", "trades + der segment", "trades + der ball")),
-            once("pgd-10, EMA", ema=0.999)]
+            long("pgd-10"), long("pgd-10 + der norm", **late), long("pgd-10, AWP", awp=0.01),
+            once("trades"), once("trades + der norm", **late), once("pgd-10, EMA", ema=0.999)]
 
 
 SUITES = {make.__name__: Suite(" ".join(make.__doc__.split()), tuple(make()))
-          for make in (cifar10, co_fashion_mini, fashion_mnist, fashion_mnist_short,
-                       ro_fashion_mini, tune_fashion_mini, tune_n_fgsm_fashion_mini,
-                       variants_fashion_mini)}
+          for make in (cifar10, co_cifar10, co_cifar100, co_fashion_mini, ro_fashion_mini)}

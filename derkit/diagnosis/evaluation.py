@@ -16,10 +16,11 @@ from derkit.data import Split
 from derkit.util import DerkitError, images_format, make_generator, pick
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+BATCH = 512 if torch.cuda.is_available() else 128  # what stays in a CPU's cache is faster
 Attack = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
 
 
-def float_batches(split: Split, model: nn.Module, batch_size: int = 512) -> Iterator[tuple]:
+def float_batches(split: Split, model: nn.Module, batch_size: int = BATCH) -> Iterator[tuple]:
     """Unshuffled batches (x, y), with x in the model's dtype and memory format."""
     layout = images_format(model)
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
@@ -28,7 +29,7 @@ def float_batches(split: Split, model: nn.Module, batch_size: int = 512) -> Iter
 
 
 @torch.no_grad()
-def predict(model: nn.Module, split: Split, batch_size: int = 512) -> Tensor:
+def predict(model: nn.Module, split: Split, batch_size: int = BATCH) -> Tensor:
     """Logits (N, K) in eval mode; the model's mode is restored."""
     with attacks.attack_mode(model, "eval"):
         batches = float_batches(split, model, batch_size)
@@ -54,7 +55,7 @@ def fgsm_attack(eps: float, norm: str = "linf") -> Attack:
 
 
 def attack_split(model: nn.Module, split: Split, attack: Attack, seed: int = 0,
-                 batch_size: int = 512) -> tuple[Tensor, Tensor]:
+                 batch_size: int = BATCH) -> tuple[Tensor, Tensor]:
     """(x*, logits of x*) over a split; the attack is called as (model, x, y, generator)."""
     rng = make_generator(split.images.device, "evaluation", seed)
     adversarial, logits = [], []
@@ -90,7 +91,7 @@ def _survivors(model: nn.Module, split: Split, eps: float, suite: Sequence[dict]
 
 
 def strong_mask(model: nn.Module, split: Split, eps: float, steps: int = 100, restarts: int = 2,
-                seed: int = 0, batch_size: int = 512, norm: str = "linf") -> Tensor:
+                seed: int = 0, batch_size: int = BATCH, norm: str = "linf") -> Tensor:
     """Per image, (N,) bool: does it survive the clean prediction and the strong suite?
 
     PGD-20 on CE (alone up to twice too high near CO), then ``restarts`` x ``steps`` on the margin
@@ -107,7 +108,7 @@ def strong_accuracy(model: nn.Module, split: Split, eps: float, **options) -> fl
 
 
 def pgd50_accuracy(model: nn.Module, split: Split, eps: float, steps: int = 50, restarts: int = 10,
-                   alpha: float | None = None, seed: int = 0, batch_size: int = 512,
+                   alpha: float | None = None, seed: int = 0, batch_size: int = BATCH,
                    norm: str = "linf") -> float:
     """PGD-50-10: the share of images that survive ``restarts`` runs of ``steps`` steps on CE.
 
@@ -119,7 +120,7 @@ def pgd50_accuracy(model: nn.Module, split: Split, eps: float, steps: int = 50, 
 
 
 def autoattack_mask(model: nn.Module, split: Split, eps: float, norm: str = "linf", seed: int = 0,
-                    batch_size: int = 256) -> Tensor:
+                    batch_size: int = BATCH) -> Tensor:
     """Per image, (N,) bool: does it survive standard AutoAttack (arXiv 2003.01690)?
 
     Through the port `pyautoattack` (extra: eval). Raises DerkitError where that is missing, at
@@ -156,7 +157,7 @@ def autoattack_mask(model: nn.Module, split: Split, eps: float, norm: str = "lin
 
 
 def autoattack(model: nn.Module, split: Split, eps: float, norm: str = "linf", seed: int = 0,
-               batch_size: int = 256) -> dict:
+               batch_size: int = BATCH) -> dict:
     """The record of `autoattack_mask`: accuracy (worst case per image), clean, and settings."""
     robust = autoattack_mask(model, split, eps, norm, seed, batch_size).double().mean().item()
     clean = accuracy(predict(model, split), split.labels)
@@ -179,13 +180,15 @@ def energy_summary(logits: Tensor, logits_adv: Tensor, labels: Tensor,
     return {name: round(float(value), 6) for name, value in out.items()}
 
 
-def gradient_cosine(model: nn.Module, x: Tensor, y: Tensor, eps: float,
-                    generator: torch.Generator, norm: str = "linf") -> Tensor:
-    """cos(grad l(x), grad l(x + r)), r uniform in the ball, (B,): near 0 at CO (2007.02617)."""
-    noisy = x + attacks.noise_in_ball(x, eps, norm, generator)
+def gradient_cosine(model: nn.Module, a: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """cos(grad l(a), grad l(b)) for two images of each sample, (B,).
+
+    x and x + r, r uniform in the ball: near 0 at CO (arXiv 2007.02617). An attack's start and its
+    x*: PertAlign (arXiv 2606.00738).
+    """
     with attacks.attack_mode(model, "eval"):
         a, b = (attacks.input_gradient(model, z, lambda f: energy.cross_entropy(f, y))[0]
-                for z in (x, noisy))
+                for z in (a, b))
     return nn.functional.cosine_similarity(a.flatten(1), b.flatten(1), dim=1)
 
 

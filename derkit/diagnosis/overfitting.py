@@ -32,6 +32,7 @@ SIGNALS: dict[str, Signal] = {
     "dE(x)": Signal("probe_dE", 0, 0.5, "one attack on the probe"),  # E(x*) may run up or down
     "E_lin": Signal("E_lin", +1, 0.03, "three forwards on the probe"),
     "gradient cosine": Signal("cos", -1, 0.3, "two gradients on the probe"),
+    "PertAlign": Signal("align", -1, 0.3, "one gradient more on the probe"),
 }
 
 

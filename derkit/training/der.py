@@ -2,9 +2,10 @@
 
 The body of arXiv 2505.22486 could not be read for this kit. Its abstract says that DER is "designed
 to smoothen the energy landscape during training". The form ``norm`` is the one that a third party's
-public re-implementation reports as the paper's eq. (7); the other forms are our own, and none is
-quoted from the paper. Forms on E(x, y) alone, on the cross-entropy, on both energies at once, and a
-hinge on jumps of dE(x) were tried as well and did not help.
+public re-implementation reports as the paper's eq. (7), in single-step training on abnormal
+adversarial examples only (CE(x*) < CE(x)); the other forms are our own, and none is quoted from
+the paper. Forms on E(x, y) alone, on the cross-entropy, on both energies at once, on the bump of
+E between x and x*, and a hinge on jumps of dE(x) were tried as well and did not help more.
 
     L = L_AT(x*, y) + lambda mean_b R_b        R: one of the forms below, (B,), never negative
 
@@ -48,26 +49,23 @@ def ball(nat: Tensor, near: Tensor) -> Tensor:
     return (marginal_energy(nat) - marginal_energy(near)).abs()
 
 
-def linear(nat: Tensor, mid: Tensor, adv: Tensor, u: Tensor) -> Tensor:
-    """|E(x_u) - (1 - u) E(x) - u E(x*)|: no bump of the energy between x and x*. Our own form."""
-    chord = torch.lerp(marginal_energy(nat), marginal_energy(adv), u)
-    return (marginal_energy(mid) - chord).abs()
-
-
 class DER:
-    """DER in training: asks for the points of its form, remembers u, averages over its samples."""
+    """DER in training: asks for the points of its form, and averages over its samples.
+
+    "Abnormal" is decided on the logits of the step itself, in the mode in which the model trains;
+    the third party's code decides it with BatchNorm in eval mode, at two more forward passes.
+    """
 
     def __init__(self, config: TrainConfig) -> None:
         self.form, self.gamma, self.abnormal_only = config.variant, config.gamma, config.masked
         self.eps, self.ball_norm = config.eps, config.norm
-        self.u: Tensor | None = None
 
     def points(self, x: Tensor, x_adv: Tensor, rng: torch.Generator) -> Logits:
         """The images (B, C, H, W) whose logits are needed beside those of x*, by name."""
         points = {"nat": x}
-        if self.form in ("segment", "linear"):
-            self.u = torch.rand(len(x), generator=rng, device=x.device, dtype=x.dtype)
-            points["mid"] = torch.lerp(x, x_adv, self.u.view(-1, 1, 1, 1))
+        if self.form == "segment":
+            u = torch.rand(len(x), 1, 1, 1, generator=rng, device=x.device, dtype=x.dtype)
+            points["mid"] = torch.lerp(x, x_adv, u)
         elif self.form == "ball":  # not clipped to [0, 1], as in GradAlign and ELLE
             points["near"] = x + noise_in_ball(x, self.eps, self.ball_norm, rng)
         return points
@@ -80,9 +78,7 @@ class DER:
             return marginal(logits["nat"], logits["adv"])
         if self.form == "segment":
             return segment(logits["nat"], logits["mid"])
-        if self.form == "ball":
-            return ball(logits["nat"], logits["near"])
-        return linear(logits["nat"], logits["mid"], logits["adv"], self.u)
+        return ball(logits["nat"], logits["near"])
 
     def __call__(self, logits: Logits, y: Tensor) -> Tensor:
         """Mean over the batch or, with a mask, over its abnormal examples (0 without any)."""

@@ -23,10 +23,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from derkit import energy, util
+from derkit.attacks import attack_mode
 from derkit.checkpoint import load_checkpoint, load_model, load_state, save_checkpoint, save_state
 from derkit.config import TrainConfig
 from derkit.data import Dataset, load_dataset
@@ -34,7 +36,7 @@ from derkit.diagnosis.overfitting import should_stop
 from derkit.models import build_model
 from derkit.records import Run, environment, run_folder, signature_of, write_lines
 from derkit.training import monitor
-from derkit.training.objectives import Objective, make_regularizer, weight_at
+from derkit.training.objectives import Objective, awp_weights, make_regularizer, weight_at
 from derkit.util import DerkitError
 
 
@@ -60,9 +62,11 @@ SCHEDULES: dict[str, Callable[[float, float], float]] = {  # (progress, peak) ->
 # ---------------------------------------------------------------------------------------- a model
 def model_options(config: TrainConfig) -> dict[str, Any]:
     """The options of `build_model` that the config names."""
-    own = dict(small_cnn=dict(bn=config.batch_norm), wide_resnet=dict(depth=config.depth),
+    own = dict(one_layer=dict(filters=config.filters), small_cnn=dict(bn=config.batch_norm),
+               wide_resnet=dict(depth=config.depth),
                preact_resnet18=dict(shortcut=config.shortcut, final_bn=config.final_bn))
-    return own.get(config.model, {}) | ({"width": config.width} if config.width else {})
+    width = {"width": config.width} if config.width and config.model != "one_layer" else {}
+    return own.get(config.model, {}) | width
 
 
 def model_from_config(config: TrainConfig, dataset: Dataset) -> nn.Module:
@@ -85,21 +89,29 @@ def forward_together(model: nn.Module, points: dict[str, Tensor]) -> dict[str, T
 
 
 def train_step(model: nn.Module, x: Tensor, y: Tensor, objective: Objective, regularizer=None,
-               weight: float = 0.0, rng: torch.Generator | None = None, *,
+               weight: float = 0.0, rng: torch.Generator | None = None, *, awp: float = 0.0,
                forward: nn.Module | None = None, context=nullcontext,
                attack_context=nullcontext) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss with its graph, statistics) of one batch x (B, C, H, W) in [0, 1] with labels y (B,).
 
-    ``weight`` is lambda at this moment. ``forward``: what the loss goes through where that is not
-    the bare model. Nothing is read back to the host.
+    ``weight`` is lambda at this moment, ``awp`` the size of `awp_weights`. ``forward``: what the
+    loss goes through where that is not the bare model. Nothing is read back to the host.
     """
     with attack_context():
-        x_adv, start = objective.attack(model, x, y, rng)
+        x_adv, _, start = objective.attack(model, x, y, rng)
     points = {"adv": x_adv.detach(), **objective.points(x)}
     if regularizer:
         points |= regularizer.points(x, points["adv"], rng)
+    forward = forward or model
     with context():
-        logits = forward_together(forward or model, points)
+        if awp:
+            with attack_mode(model, "train"):  # BatchNorm's running statistics stay
+                raised = objective(forward_together(model, points), y)
+            moved = awp_weights(model, raised, awp)
+            forward = lambda images: functional_call(model, moved, (images,))  # noqa: E731
+        logits = forward_together(forward, points)
+        if start is not None:
+            logits["start"] = start
         total = loss = objective(logits, y)
         penalty = loss.new_zeros(())
         if regularizer:
@@ -144,8 +156,11 @@ class State:
         model.to(memory_format=memory)
         average = get_ema_multi_avg_fn(config.ema)
         ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True) if config.ema else None
-        optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum,
-                                    weight_decay=config.weight_decay, fused=device.type == "cuda")
+        common = dict(lr=config.lr, weight_decay=config.weight_decay, fused=device.type == "cuda")
+        if config.optimizer == "adam":
+            optimizer = torch.optim.Adam(model.parameters(), **common)
+        else:
+            optimizer = torch.optim.SGD(model.parameters(), momentum=config.momentum, **common)
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         attacked = torch.compile(model) if config.compile else model
         forward = DistributedDataParallel(attacked) if util.world() > 1 else attacked
@@ -208,7 +223,7 @@ def train_epoch(state: State, dataset: Dataset) -> dict[str, Any]:
         done = (state.epoch + i / per_epoch) / config.epochs
         active = regularizer if done >= config.start else None
         total, statistics = train_step(
-            state.attacked, x, y, objective, active, weight_at(config, done), rng,
+            state.attacked, x, y, objective, active, weight_at(config, done), rng, awp=config.awp,
             forward=state.forward, context=context, attack_context=attack_context)
         rate = _update(state, total * share, done + 0.5 / per_epoch / config.epochs)
         values = [value.detach().double() for value in statistics.values()]
@@ -304,9 +319,9 @@ def _prepare(config: TrainConfig, dataset: Dataset | None, model: nn.Module | No
         raise DerkitError("model 'custom' is a module of your own: pass model=YourModule().")
     own = {} if model is None else {"model": "custom"}
     config = config.change(precision=precision, **own)
-    if config.regularizer == "gradalign" and util.world() > 1:
-        raise DerkitError("gradalign's double backward does not go through "
-                          "DistributedDataParallel: train it with one process.")
+    if (config.regularizer == "gradalign" or config.awp) and util.world() > 1:
+        raise DerkitError("gradalign's double backward and awp's moved weights do not go through "
+                          "DistributedDataParallel: train them with one process.")
     if config.batch_size < util.world():
         raise DerkitError(f"batch_size is over all processes: {config.batch_size} images cannot be "
                           f"shared by {util.world()}.")
@@ -401,7 +416,7 @@ def _finish(folder: Path, dataset: Dataset, config: TrainConfig, model, say) -> 
     result, device = dict(before), dataset.train.images.device
     for which, file in dict(last="final.safetensors", best="best.safetensors").items():
         known = result.get(which, {})
-        if not monitor.lacking(known, dataset, config):
+        if not monitor.lacking(known, dataset, config, which == "best"):
             continue
         epoch = load_checkpoint(folder / file)["epoch"]
         if which == "best" and epoch == result["last_epoch"]:
@@ -409,7 +424,7 @@ def _finish(folder: Path, dataset: Dataset, config: TrainConfig, model, say) -> 
         else:
             say(f"evaluating the {which} epoch of {folder.name}")
             judged = load_model(folder / file, model=copy.deepcopy(model), device=device)
-            known = monitor.final_evaluation(judged, dataset, config, known)
+            known = monitor.final_evaluation(judged, dataset, config, known, which == "best")
         result |= {which: known, f"{which}_epoch": epoch}
     if result != before:
         with util.disk_errors(folder):

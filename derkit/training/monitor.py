@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from derkit import energy
-from derkit.attacks import attack_mode
+from derkit.attacks import attack_mode, noise_in_ball
 from derkit.config import TrainConfig
 from derkit.data import Dataset, Split
 from derkit.diagnosis import evaluation
@@ -37,19 +37,21 @@ def _split_record(model: nn.Module, split: Split, config: TrainConfig) -> dict[s
 
 
 def _probe_signals(model: nn.Module, probe: Split, config: TrainConfig, whole: bool):
-    """Energies of the training attack on the probe; with ``whole`` gradient cosine and E_lin."""
+    """Energies of the training attack on the probe; with ``whole`` cosines and E_lin."""
     x, y = next(evaluation.float_batches(probe, model, len(probe)))
     rng = make_generator(x.device, "probe", 0)
     method = "fgsm" if config.method == "standard" else config.method
     objective = Objective(config.change(attack_bn="eval", method=method))
-    x_adv, start = objective.attack(model, x, y, rng)
+    x_adv, start, logits = objective.attack(model, x, y, rng)
     with torch.no_grad(), attack_mode(model, "eval"):
-        record = evaluation.energy_summary(model(x), model(x_adv), y, start)
+        record = evaluation.energy_summary(model(x), model(x_adv), y, logits)
     record = {f"probe_{name}": value for name, value in record.items()}
     if whole:
-        signals = dict(cos=evaluation.gradient_cosine, E_lin=evaluation.elle_linearity)
-        for name, signal in signals.items():
-            record[name] = signal(model, x, y, config.eps, rng, config.norm).mean().item()
+        near = x + noise_in_ball(x, config.eps, config.norm, rng)
+        lin = evaluation.elle_linearity(model, x, y, config.eps, rng, config.norm)
+        found = dict(cos=evaluation.gradient_cosine(model, x, near, y), E_lin=lin)
+        found["align"] = evaluation.gradient_cosine(model, x if start is None else start, x_adv, y)
+        record |= {name: values.mean().item() for name, values in found.items()}
     return record
 
 
@@ -82,23 +84,27 @@ def check_further(dataset: Dataset, config: TrainConfig) -> None:
                           "set autoattack_size=0.")
 
 
-def lacking(known: dict[str, Any], dataset: Dataset, config: TrainConfig) -> dict[str, Split]:
-    """What the config asks for and ``known`` has not, or on fewer images: name -> test images."""
-    sizes = dict(images=config.final_size or len(dataset.test), strong_images=config.strong_size,
-                 pgd50_images=config.pgd50_size, aa_images=config.autoattack_size)
+def lacking(known: dict[str, Any], dataset: Dataset, config: TrainConfig,
+            best: bool = False) -> dict[str, Split]:
+    """What the config asks for (of the ``best`` epoch: or the last) and ``known`` has not, or on
+    fewer images: name -> test images."""
+    sizes = dict(images=config.final_size or len(dataset.test))
+    if config.judge_best or not best:
+        sizes |= dict(strong_images=config.strong_size, pgd50_images=config.pgd50_size,
+                      aa_images=config.autoattack_size)
     parts = {name: dataset.test.take(slice(size)) for name, size in sizes.items() if size}
     return {name: part for name, part in parts.items() if len(part) > known.get(name, 0)}
 
 
 def final_evaluation(model: nn.Module, dataset: Dataset, config: TrainConfig,
-                     known: dict[str, Any] | None = None) -> dict[str, Any]:
+                     known: dict[str, Any] | None = None, best: bool = False) -> dict[str, Any]:
     """Test accuracies, each with its number of images, and the energies that PGD moves.
 
     Clean, FGSM, PGD; as far as asked for the strong suite, PGD-50-10, AutoAttack. All run in the
     precision of the weights, BatchNorm in eval mode. ``known``: results that are kept.
     """
     out, eps, norm = dict(known or {}), config.eps, config.norm
-    parts = lacking(out, dataset, config)
+    parts = lacking(out, dataset, config, best)
     if test := parts.get("images"):
         natural = evaluation.predict(model, test)
         weak, hard = _attacked(model, test, config, config.final_steps)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from derkit import attacks
 from derkit.attacks import attack_mode, input_gradient, noise_in_ball
 from derkit.config import TrainConfig
-from derkit.energy import cross_entropy, loss_linearity, marginal_energy, upcast
+from derkit.energy import abnormal_mask, cross_entropy, loss_linearity, marginal_energy, upcast
 from derkit.training.der import DER, Logits
 
 
@@ -31,6 +31,37 @@ def weat(nat: Tensor, adv: Tensor, y: Tensor, beta: float = 6.0) -> Tensor:
     return weight * trades(nat, adv, y, beta)
 
 
+def aaer(start: Tensor, adv: Tensor, y: Tensor) -> Tensor:
+    """AAER (arXiv 2404.08154), a number: n/m (2.5 CE_A + 1.5 max(0, V_A - V_N)).
+
+    Over the n abnormal of m examples, from the logits at the attack's start (constants) to those
+    at x*: CE_A is the mean fall of their loss, V_A the mean squared change of their logits, and V_N
+    (a constant, too) that of the normal ones. 2.5 and 1.5: the authors' settings for RS-FGSM. 0
+    where all or none are abnormal.
+    """
+    start, adv = upcast(start).detach(), upcast(adv)
+    chosen = abnormal_mask(start, adv, y).to(adv.dtype)
+    n, m = chosen.sum(), len(chosen)
+    fall = cross_entropy(start, y) - cross_entropy(adv, y)
+    change = (adv - start).square().sum(1)
+    normal = ((1 - chosen) * change).sum().detach() / (m - n).clamp_min(1)
+    excess = ((chosen * change).sum() / n.clamp_min(1) - normal).clamp_min(0)
+    both = (n > 0) & (n < m)
+    return both * n / m * (2.5 * (chosen * fall).sum() / n.clamp_min(1) + 1.5 * excess)
+
+
+def awp_weights(model: nn.Module, loss: Tensor, gamma: float) -> dict[str, Tensor]:
+    """AWP (arXiv 2004.05884): weights moved, layer by layer, to where the loss is higher.
+
+    w + gamma |w| g / |g| for every weight of two or more dimensions, g = dloss/dw: one step of the
+    authors' proxy. Gradients of a loss at them reach w itself (`torch.func.functional_call`).
+    """
+    weights = {name: p for name, p in model.named_parameters() if p.ndim > 1}
+    gradients = torch.autograd.grad(loss, list(weights.values()))
+    return {name: w + gamma * w.detach().norm() * g / g.norm().clamp_min(1e-20)
+            for (name, w), g in zip(weights.items(), gradients, strict=True)}
+
+
 class Objective:
     """A training method by its name in the config: its attack, and its loss over a batch."""
 
@@ -39,22 +70,23 @@ class Objective:
         self.natural = config.method in ("trades", "weat")  # needs the logits of x, too
 
     def attack(self, model: nn.Module, x: Tensor, y: Tensor, rng: torch.Generator):
-        """(x*, logits of the attack's start or None): single-step attacks get them for free."""
+        """(x*, the attack's start, its logits): single-step attacks know the latter two for free,
+        others give None for them."""
         c = self.config
         if c.method == "standard":
-            return x, None
+            return x, None, None
         options = dict(bn_mode=c.bn_mode, generator=rng, check=False)
         if c.method in ("pgd", "trades", "weat"):
             loss = "kl" if self.natural else "ce"
             options |= dict(alpha=c.step_size, steps=c.steps, norm=c.norm, loss=loss)
-            return attacks.pgd(model, x, y, c.eps, **options), None
+            return attacks.pgd(model, x, y, c.eps, **options), None, None
         if c.method != "fgsm":
             options["alpha"] = c.step_size
         if c.method == "n_fgsm":
             options["k"] = c.k
-        attack = attacks.ATTACKS[c.method]
-        x_adv, _, start = attack(model, x, y, c.eps, return_start=True, **options)
-        return x_adv, start
+        if c.method == "zerograd":
+            options["q"] = c.q
+        return attacks.ATTACKS[c.method](model, x, y, c.eps, return_start=True, **options)
 
     def points(self, x: Tensor) -> Logits:
         """The images that the loss needs beside x*."""
@@ -121,22 +153,33 @@ class GradAlign:
         return torch.where(alive, 1 - F.cosine_similarity(a, b, dim=1), 0.0).sum() / len(a)
 
 
-def make_regularizer(config: TrainConfig, model: nn.Module) -> DER | ELLE | GradAlign | None:
+class AAER:
+    """`aaer` in training: it needs nothing but the logits of the attack's start."""
+
+    def points(self, x: Tensor, x_adv: Tensor, rng: torch.Generator) -> Logits:
+        return {}
+
+    def __call__(self, logits: Logits, y: Tensor) -> Tensor:
+        return aaer(logits["start"], logits["adv"], y)
+
+
+def make_regularizer(config: TrainConfig, model: nn.Module) -> DER | ELLE | GradAlign | AAER | None:
     """The regulariser that the config names, or None where there is none or its weight is 0."""
     if config.regularizer == "none" or config.strength == 0:
         return None
     if config.regularizer == "gradalign":
         return GradAlign(config, model)
-    return DER(config) if config.regularizer == "der" else ELLE(config)
+    return AAER() if config.regularizer == "aaer" else dict(der=DER, elle=ELLE)[
+        config.regularizer](config)
 
 
 def weight_at(config: TrainConfig, progress: float) -> float:
     """lambda after a share ``progress`` of training: 0 before ``start``, rising over ``warmup``.
 
-    GradAlign has its full weight from the first step on, as published.
+    GradAlign and AAER have their full weight from the first step on, as published.
     """
     if config.regularizer == "none" or progress < config.start:
         return 0.0
-    if config.regularizer == "gradalign" or config.warmup == 0:
+    if config.regularizer in ("gradalign", "aaer") or config.warmup == 0:
         return config.strength
     return config.strength * min(1.0, (progress - config.start) / config.warmup)

@@ -133,9 +133,33 @@ LP = "README of lp-FGSM (third party); network not stated"
 QUB = "notes on QUB, ICML'25 (third party); ResNet-18, its recipe and epoch are not stated"
 ALIGN = "RobustBench Andriushchenko2020Understanding"
 RICE = "logs of locuslab/robust_overfitting, cifar10_validation"
-FALLS, STANDS = "FGSM collapses in every seed", "no collapse in any seed with DER"
+FALLS, STANDS = "FGSM collapses in every seed", "no seed collapses with DER"
 GAP, FREE = "best-last gap at most 1 point with DER", "no loss at the best epoch with DER"
-ABOVE, TUNED = "AutoAttack above N-FGSM and GradAlign", "n_fgsm, tuned noise"
+ABOVE, NORM = "AutoAttack above N-FGSM and GradAlign", "fgsm + der norm"
+BALL, RIVALS = "fgsm + der ball", ("fgsm + gradalign", "fgsm + elle", "rs_fgsm + aaer", "zerograd")
+
+
+def collapse(whole: bool = True) -> list[Claim]:
+    """What is claimed of a single layer that collapses; the last four need rows that CIFAR-100
+    has not. Written before any run of these suites was judged on test images."""
+    claims = [
+        within(FALLS, "fgsm", "collapsed", 1, 1),
+        within(STANDS, "*fgsm + der norm", "collapsed", 0, 0),
+        within(STANDS, BALL, "collapsed", 0, 0),
+        better("DER (norm) makes FGSM stronger", NORM, "aa", "fgsm"),
+        better("DER (norm) makes RS-FGSM stronger", "rs_fgsm + der norm", "aa", "rs_fgsm"),
+        better("DER (norm), on RS-FGSM as reported, is stronger than tuned N-FGSM",
+               "rs_fgsm + der norm", "aa", "n_fgsm"),
+        better("DER (ball) is stronger than tuned N-FGSM", BALL, "aa", "n_fgsm"),
+        better("DER (ball) has a better clean accuracy than tuned N-FGSM", BALL, "clean", "n_fgsm"),
+        better("DER (norm) makes tuned N-FGSM stronger", "n_fgsm + der norm", "aa", "n_fgsm"),
+        better("DER (ball) is stronger than GradAlign, ELLE, AAER and ZeroGrad", BALL, "aa",
+               *RIVALS),
+        better("DER (ball) is stronger than PGD-10 training", BALL, "aa", "pgd-10"),
+        better("dE(x) is higher after the collapse than in PGD-10 training", "fgsm", "dE",
+               "pgd-10")]
+    return claims if whole else claims[:-4]
+
 
 CLAIMS: dict[str, list[Claim]] = dict(
     cifar10=[
@@ -163,35 +187,13 @@ CLAIMS: dict[str, list[Claim]] = dict(
                  f"fgsm + gradalign eps {eps}") for eps in ("8/255", "12/255", "16/255")),
         within(GAP, "pgd-10 + der *", "gap", -1, 0.01),
         better(FREE, "pgd-10 + der *", "pgd", "pgd-10", epoch="best")],
-    co_fashion_mini=[
-        within(FALLS, "fgsm", "collapsed", 1, 1),
-        within(STANDS, "fgsm + der", "collapsed", 0, 0),
-        better("DER (segment) is stronger than N-FGSM and GradAlign", "fgsm + der", "strong",
-               "n_fgsm", "fgsm + gradalign"),
-        better("DER (segment) is stronger than ELLE", "fgsm + der", "strong", "fgsm + elle"),
-        better("DER (segment) is as strong as PGD-5 training", "fgsm + der", "strong", "pgd-5")],
-    fashion_mnist=[
-        within(FALLS, "fgsm", "collapsed", 1, 1),
-        within(STANDS, "fgsm + der *", "collapsed", 0, 0),
-        better(ABOVE, "fgsm + der *", "aa", "n_fgsm", "fgsm + gradalign"),
-        within(GAP, "ro pgd-4 + der *", "gap", -1, 0.01),
-        better(FREE, "ro pgd-4 + der *", "pgd", "ro pgd-4", epoch="best")],
-    fashion_mnist_short=[
-        within(FALLS, "fgsm", "collapsed", 1, 1),
-        within(STANDS, "fgsm + der *", "collapsed", 0, 0),
-        better("DER is stronger than N-FGSM, GradAlign and ELLE", "fgsm + der *", "strong",
-               "n_fgsm", "fgsm + gradalign", "fgsm + elle"),
-        within("no collapse with tuned noise either", TUNED, "collapsed", 0, 0),
-        better("DER is stronger than N-FGSM with tuned noise", "fgsm + der *", "strong", TUNED),
-        better("DER makes tuned N-FGSM stronger", f"{TUNED} + der ball", "strong", TUNED)],
+    co_fashion_mini=collapse(),
+    co_cifar10=collapse(),
+    co_cifar100=collapse(whole=False),
     ro_fashion_mini=[
         within("PGD overfits robustly: best-last gap of 1 point or more", "pgd", "gap", 0.01, 1),
         within(GAP, "pgd + der", "gap", -1, 0.01),
         better(FREE, "pgd + der", "pgd", "pgd", epoch="best")],
-    variants_fashion_mini=[
-        within("no collapse in any seed", "*", "collapsed", 0, 0),
-        *(better("stronger than ELLE", form, "strong", "co_fashion_mini: fgsm + elle")
-          for form in ("linear", "ball"))],
 )
 
 

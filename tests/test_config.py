@@ -137,8 +137,10 @@ def test_auto_values():
     assert make(method="trades").bn_mode == "eval" and make(method="pgd").bn_mode == "train"
     assert make(method="pgd", attack_bn="eval").bn_mode == "eval"
     help = TrainConfig.model_fields["weight"].description
-    for name in ("der", "elle"):  # the help says what 'auto' stands for
-        assert f"{make(regularizer=name).strength:g} ({name})" in help
+    found = {name: make(regularizer=name, method="fgsm") for name in ("der", "elle", "aaer")}
+    der, elle, aaer = (config.strength for config in found.values())
+    ball = found["der"].change(variant="ball").strength
+    assert help == f"lambda; auto: norm {der:g}, other DER {ball:g}, elle {elle:g}, aaer {aaer:g}"
     align = make(regularizer="gradalign", eps="16/255")
     assert align.strength == pytest.approx(2) == align.change(eps=0.5).strength
     assert make(variant="norm").masked and not make(variant="segment").masked
@@ -204,6 +206,7 @@ def test_the_hash_follows_results_only(config):
         if other == value:
             other = 0.3
         base = config.change(method="pgd", k=2) if name == "norm" else config
+        base = config.change(method="zerograd", k=2) if name == "q" else base
         assert (base.change(**{name: other}).hash() != base.hash()) == (
             ASIDE not in field.metadata), name
 

@@ -25,14 +25,14 @@ def ce(f, y):
 
 @pytest.fixture
 def logits():
-    """Logits at x, x* and another point, labels and u: what a notebook would hold in arrays."""
+    """Logits at x, x* and another point, and labels: what a notebook would hold in arrays."""
     rng = torch.Generator().manual_seed(0)
     nat, adv, other = (3 * torch.randn(12, 5, generator=rng, dtype=torch.float64) for _ in range(3))
-    return nat, adv, other, torch.arange(12) % 5, torch.rand(12, generator=rng, dtype=torch.float64)
+    return nat, adv, other, torch.arange(12) % 5
 
 
 def test_forms_by_hand(logits):
-    nat, adv, other, y, u = logits
+    nat, adv, other, y = logits
     d, dy = E(nat) - E(adv), E(nat, y) - E(adv, y)
     expected = {
         "norm": (der.norm(nat, adv, y), (d**2 + dy**2).sqrt()),
@@ -40,8 +40,6 @@ def test_forms_by_hand(logits):
         "marginal": (der.marginal(nat, adv), d.abs()),
         "segment": (der.segment(nat, other), (E(nat) - E(other)).abs()),
         "ball": (der.ball(nat, other), (E(nat) - E(other)).abs()),
-        "linear": (der.linear(nat, other, adv, u),
-                   (E(other) - (1 - u) * E(nat) - u * E(adv)).abs()),
     }
     for name, (found, by_hand) in expected.items():
         assert found.shape == (12,) and (found >= 0).all() and found.sum() > 0, name
@@ -51,7 +49,7 @@ def test_forms_by_hand(logits):
 
 def test_norm_is_the_distance_in_the_energy_plane(logits):
     """dE(x) - dE(x, y) = CE(x*) - CE(x): a change of the loss alone already costs its half."""
-    nat, adv, _, y, _ = logits
+    nat, adv, _, y = logits
     assert (der.norm(nat, adv, y) >= (ce(adv, y) - ce(nat, y)).abs() / 2**0.5 - 1e-9).all()
 
 
@@ -63,7 +61,7 @@ def test_norm_has_a_finite_gradient_at_zero(logits):
 
 def test_half_precision_logits_are_widened(logits):
     """Energies are differences of large numbers."""
-    nat, adv, _, y, _ = (t.bfloat16() if t.is_floating_point() else t for t in logits)
+    nat, adv, _, y = (t.bfloat16() if t.is_floating_point() else t for t in logits)
     assert der.norm(nat + 300, adv + 300, y).dtype == torch.float32
 
 
@@ -84,13 +82,11 @@ def test_points(images, config, seeded):
     for variant in VARIANT_NAMES:
         regularizer = make(config, variant=variant, eps=0.05)
         points = regularizer.points(x, x_adv, seeded())
-        extra = {"segment": ["mid"], "linear": ["mid"], "ball": ["near"]}.get(variant, [])
+        extra = {"segment": ["mid"], "ball": ["near"]}.get(variant, [])
         assert list(points) == ["nat", *extra] and points["nat"] is x
         if "mid" in points:
-            u = regularizer.u
-            assert u.shape == (16,) and u.min() >= 0 and u.max() < 1 and u.unique().numel() == 16
-            expected = x + u.view(-1, 1, 1, 1) * (x_adv - x)
-            torch.testing.assert_close(points["mid"], expected, **TIGHT)
+            u = torch.rand(16, 1, 1, 1, generator=seeded(), dtype=x.dtype)
+            torch.testing.assert_close(points["mid"], x + u * (x_adv - x), **TIGHT)
         if "near" in points:
             r = points["near"] - x
             assert 0.049 < r.abs().max() <= 0.05 and points["near"].min() < 0  # not clipped
@@ -125,7 +121,7 @@ def test_no_perturbation_costs_nothing(trained, batch, config, seeded):
 
 
 def test_mask_averages_over_abnormal_examples(logits, config):
-    nat, adv, _, y, _ = logits
+    nat, adv, _, y = logits
     masked = make(config, variant="norm")  # by default on abnormal examples only
     abnormal = ce(adv, y) < ce(nat, y)
     assert 0 < abnormal.sum() < 12

@@ -190,12 +190,12 @@ def test_energy_summary_by_numpy(seeded):
 
 def test_gradient_cosine(trained, part, seeded):
     x, y = part.floats(dtype=torch.float64), part.labels
-    value = evaluation.gradient_cosine(trained.double(), x, y, 0.1, seeded())
     noisy = x + (2 * torch.rand(x.shape, generator=seeded(), dtype=x.dtype) - 1) * 0.1
+    value = evaluation.gradient_cosine(trained.double(), x, noisy, y)
     a, b = (input_gradient(trained, z, lambda f: cross_entropy(f, y))[0].flatten(1)
             for z in (x, noisy))
     torch.testing.assert_close(value, (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)))
-    assert evaluation.gradient_cosine(trained, x, y, 0.0, seeded()).min() > 1 - 1e-6
+    assert evaluation.gradient_cosine(trained, x, x, y).min() > 1 - 1e-6
 
 
 def test_elle_linearity(trained, part, seeded):

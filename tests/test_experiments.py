@@ -12,9 +12,8 @@ from derkit.util import DerkitError, write_json
 from experiments import claims, run, suites
 from experiments.suites import SUITES, Experiment, Suite, planned, resolve
 
-RETIRED = {"variants_fashion_mini/" + name  # forms of DER that the kit no longer has
-           for name in ("abnormal-s0", "both-s0", "hinge-s0", "joint-s0", "segment_ce-s0")}
-UNSEEN = {"cifar10", "fashion_mnist"}  # suites that have not been run
+UNSEEN = {"cifar10", "co_cifar10", "co_cifar100"}  # suites that have not been run
+SEEDS = (0, 1, 2, 3, 4)
 HEALTHY, COLLAPSED = [0.2, 0.3, 0.4, 0.4, 0.4, 0.4], [0.2, 0.4, 0.0, 0.0, 0.0, 0.0]
 
 
@@ -50,7 +49,7 @@ def put(one, curve=HEALTHY, best=0.4, folder=None, config=None, **last):
 def test_every_record_is_of_an_experiment_and_no_experiment_lacks_one(name):
     runs = {one.slug: one for one in planned(name)}
     found = {record.name: record for record in load_runs(records_folder() / name)}
-    assert {f"{name}/{slug}" for slug in found.keys() - runs.keys()} <= RETIRED
+    assert found.keys() <= runs.keys()
     assert not runs.keys() - found.keys() or name in UNSEEN
     records = [found[slug] for slug in runs if slug in found]
     for record in records:
@@ -64,7 +63,7 @@ def test_every_record_is_of_an_experiment_and_no_experiment_lacks_one(name):
 def test_the_cifar10_suite():
     runs = planned("cifar10")
     groups = {name: [one for one in runs if one.group == name] for name in ("A", "B1", "B2", "C")}
-    assert {name: len(group) for name, group in groups.items()} == dict(A=27, B1=54, B2=72, C=13)
+    assert {name: len(group) for name, group in groups.items()} == dict(A=27, B1=18, B2=54, C=12)
     seeds = [one.config.seed for one in runs]
     assert seeds == sorted(seeds), "one seed of everything first"
     first = [one.group for one in runs if one.config.seed == 0]
@@ -74,17 +73,35 @@ def test_the_cifar10_suite():
     assert sizes == dict(A={1000}, B1={0}, B2={1000}, C={1000}), "sweeps look at validation images"
     assert {one.config.epochs for one in groups["C"]} == {200}
     swept = [one for one in groups["B2"] if one.sweep]
-    assert len(swept) == 63 and all("gradalign" in one.label for one in groups["B2"]
-                                    if one not in swept)
-    trades = next(one.config for one in runs if one.label == "trades + der ball")
-    assert (trades.method, trades.regularizer, trades.variant) == ("trades", "der", "ball")
+    assert len(swept) == 27 and all("gradalign" in one.label or "norm" in one.label
+                                    for one in groups["B2"] if one not in swept)
+    late = next(one.config for one in runs if one.label == "trades + der norm")
+    assert (late.method, late.variant, late.mask, late.start) == ("trades", "norm", "all", 0.8)
 
 
 def test_labels_set_what_they_name():
-    named = suites.experiment("n_fgsm, k 0.5 + der ball eps 12/255, lambda 2", "cifar10", {}).config
-    found = (named.method, named.k, named.regularizer, named.variant, named.eps, named.weight)
-    assert found == ("n_fgsm", 0.5, "der", "ball", pytest.approx(12 / 255), 2)
-    assert suites.experiment("ro pgd-4", "fashion_ro", {}).config.steps == 4
+    named = suites.experiment("n_fgsm + der ball eps 12/255, lambda 2", "cifar10", {}).config
+    found = (named.method, named.regularizer, named.variant, named.eps, named.weight)
+    assert found == ("n_fgsm", "der", "ball", pytest.approx(12 / 255), 2)
+    assert suites.experiment("pgd-4", "fashion_ro", {}).config.steps == 4
+
+
+def test_every_row_of_a_collapse_is_tuned_alike():
+    """Four settings on one seed and validation images; FGSM has none. Then fresh seeds."""
+    suites_seeds = dict(co_fashion_mini=SEEDS, co_cifar10=(0, 1, 2), co_cifar100=(0, 1, 2))
+    for name, seeds in suites_seeds.items():
+        found = SUITES[name].experiments
+        tests = {one.label: one for one in found if one.group == "test"}
+        tunes = [one for one in found if one.group == "tune"]
+        labels = [one.label.partition(": ")[0] for one in tunes]
+        counts = {label: labels.count(label) for label in tests}
+        assert {counts.pop("fgsm")} == {0} and set(counts.values()) == {4}
+        assert {one.seeds for one in tests.values()} == {seeds} and 100 not in seeds
+        assert {one.seeds for one in tunes} == {(100,)}
+        assert {one.config.final_size for one in tunes} == {1} and not any(
+            one.config.strong_size + one.config.autoattack_size for one in tunes)
+        assert {one.config.eval_size for one in found} == {1000}
+        assert {one.config.autoattack_size for one in tests.values()} == {1000}
 
 
 def test_order_of_runs_and_overrides(toy):
@@ -179,7 +196,7 @@ def test_dry_run_and_calibration(toy, capsys):
     put(toy["fgsm-s1"], folder=toy["fgsm-s1"].folder)
     assert run.main(["toy", "--dry-run", "--seeds", "1"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "B2 der-s1: fgsm, der, eps 0.1000, 1 epochs, lambda from its sweep",
+        "B2 der-s1: fgsm, der, eps 0.1000, 1 epochs, settings from its sweep",
         "A fgsm-s1: fgsm, none, eps 0.1000, 1 epochs, finished"]
     assert run.main(["toy", "--calibrate"]) == 0
     lines = capsys.readouterr().out.splitlines()

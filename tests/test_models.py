@@ -9,6 +9,7 @@ from derkit.models import MODELS, OPTIONS, build_model, count_parameters, descri
 from derkit.util import DerkitError
 
 SMALL = {
+    "one_layer": dict(filters=2),
     "small_cnn": dict(width=2),
     "preact_resnet18": dict(width=2),
     "wide_resnet": dict(width=1, depth=10),
@@ -26,6 +27,7 @@ def test_output_shape(name, channels, size, classes):
 
 def test_published_sizes():
     """92k parameters (small_cnn), 11.17 M (PreActResNet-18), 36.5 M (WRN-28-10)."""
+    assert count_parameters(build_model("one_layer", 1, 10, 28)) == 4 * 10 + 10 * (4 * 784 + 1)
     assert 90_000 < count_parameters(build_model("small_cnn", 1, 10, 28)) < 94_000
     with torch.device("meta"):
         resnet = build_model("preact_resnet18", 3, 10, 32)

@@ -33,6 +33,7 @@ def make_run(tmp_path, pgd, fgsm, train, aae, dE=None, cos=None, final=None, nam
                 probe_dE=dE[i],
                 cos=cos[i],
                 E_lin=0.01,
+                align=0.5,
                 probe_pgd=pgd[i],
                 steps=steps,
             )
@@ -62,7 +63,7 @@ def collapsed(at=12, n=20):
 
 def test_onset_epoch_and_step(tmp_path):
     onset = overfitting.co_onset(make_run(tmp_path, **collapsed(12)))
-    assert onset.epoch == 12 and onset.after == 0
+    assert onset.epoch == 12 and onset.after < onset.peak / 2
     assert abs(onset.step - 101) <= 1  # the share of AAEs jumps with the first step of epoch 11
 
 

@@ -89,9 +89,10 @@ def test_attacks_stay_where_they_must(case, options, name):
 def test_every_training_method_attacks_inside_its_ball(case, name):
     model, x, y, eps = case
     config = TrainConfig.make(method=name, eps=eps, steps=2, attack_bn="eval", precision="fp64")
-    x_adv, start = Objective(config).attack(model, x, y, generator())
+    x_adv, start, logits = Objective(config).attack(model, x, y, generator())
     assert_valid(x_adv, x, eps, reach={"n_fgsm": 3.0, "standard": 0.0}.get(name, 1.0))
-    assert (start is not None) == name.endswith("fgsm")
+    single = name.endswith("fgsm") or name == "zerograd"
+    assert (start is not None) == (logits is not None) == single
 
 
 @given(cases((torch.float64,)), st.sampled_from(["ce", "margin"]), st.sampled_from(attacks.NORMS))

@@ -18,11 +18,14 @@ from derkit.config import METHOD_NAMES, REGULARIZER_NAMES, VARIANT_NAMES
 from derkit.training.loop import model_from_config, train
 from derkit.util import make_generator
 
-EPS, LAMBDA, BETA, GAMMA, STEPS = 0.1, 0.7, 3.0, 0.01, 3
-CASES = [(m, r, "segment", "all") for m in METHOD_NAMES for r in REGULARIZER_NAMES
-         if m != "standard" or r == "none"]
-CASES += [("rs_fgsm", "der", v, "all") for v in VARIANT_NAMES if v != "segment"]
-CASES += [("fgsm", "der", v, "abnormal") for v in ("norm", "ball")]
+EPS, LAMBDA, BETA, GAMMA, STEPS, AWP = 0.1, 0.7, 3.0, 0.01, 3, 0.02
+START_AND_STEP = dict(fgsm=(0, 1), rs_fgsm=(1, 1.25), n_fgsm=(2, 1), zerograd=(1, 2))
+CASES = [(m, r, "segment", {}) for m in METHOD_NAMES for r in REGULARIZER_NAMES
+         if (m != "standard" or r == "none") and (m in START_AND_STEP or r != "aaer")]
+CASES += [("rs_fgsm", "der", v, {}) for v in VARIANT_NAMES if v != "segment"]
+CASES += [("fgsm", "der", v, dict(mask="abnormal")) for v in ("norm", "ball")]
+CASES += [(m, "none", "norm", dict(awp=AWP)) for m in ("fgsm", "trades")]
+CASES += [("fgsm", "none", "norm", dict(optimizer="adam"))]
 
 
 def ce(f, y):
@@ -42,6 +45,7 @@ class Reference:
         self.kind = config.variant if config.regularizer == "der" else config.regularizer
         self.w = {name: p.detach().clone() for name, p in model.named_parameters()}
         self.v = {name: torch.zeros_like(p) for name, p in self.w.items()}
+        self.s, self.time = dict(self.v), 0
         self.buffers = {name: b.clone() for name, b in model.named_buffers()}
 
     def probe(self, x, w=None):
@@ -64,11 +68,15 @@ class Reference:
         m = self.c.method
         if m == "standard":
             return x
-        if m in ("fgsm", "rs_fgsm", "n_fgsm"):
-            start, step = {"fgsm": (0, 1), "rs_fgsm": (1, 1.25), "n_fgsm": (2, 1)}[m]
+        if m in START_AND_STEP:
+            start, step = START_AND_STEP[m]
             z = self.ball(x, start * EPS).clamp(0, 1) if start else x
-            z = z + step * EPS * self.grad(z, lambda f: ce(f, y)).sign()
-            return (z if m != "rs_fgsm" else x + (z - x).clamp(-EPS, EPS)).clamp(0, 1)
+            self.start, g = self.probe(z).detach(), self.grad(z, lambda f: ce(f, y))
+            if m == "zerograd":
+                ranks = g.abs().flatten(1).argsort(1).argsort(1).view_as(g)
+                g = g * (ranks >= round(0.35 * x[0].numel()))
+            z = z + step * EPS * g.sign()
+            return (z if m in ("fgsm", "n_fgsm") else x + (z - x).clamp(-EPS, EPS)).clamp(0, 1)
         if m == "pgd":
             z, loss = self.ball(x).clamp(0, 1), lambda f: ce(f, y)
         else:
@@ -87,6 +95,14 @@ class Reference:
             a, b = (self.grad(z, lambda t: ce(t, y), w, True).flatten(1) for z in (x, near))
             a, squares = a.detach(), a.detach().square().sum(1) * b.square().sum(1)
             return (1 - (a * b).sum(1) / squares.sqrt()).mean()
+        if self.kind == "aaer":
+            before, after, m = ce(self.start, y), ce(f["adv"], y), len(y)
+            moved, bad = (self.start - f["adv"]).square().sum(1), after < before
+            n = bad.sum().item()
+            if n in (0, m):
+                return 0.0
+            excess = (moved[bad].mean() - moved[~bad].mean().detach()).clamp_min(0)
+            return n / m * (2.5 * (before - after)[bad].mean() + 1.5 * excess)
         loss = lambda name: ce(f[name], y)  # noqa: E731
         nat, adv, mid, near = (f.get(k) for k in ("nat", "adv", "mid", "near"))
         values = {
@@ -94,7 +110,6 @@ class Reference:
             "marginal": lambda: (E(nat) - E(adv)).abs(),
             "segment": lambda: (E(nat) - E(mid)).abs(),
             "ball": lambda: (E(nat) - E(near)).abs(),
-            "linear": lambda: (E(mid) - (1 - u) * E(nat) - u * E(adv)).abs(),
             "elle": lambda: (loss("c") - (1 - u) * loss("a") - u * loss("b")).square(),
         }[self.kind]().clamp_min(0)
         abnormal = ce(adv, y) < ce(nat, y) if self.c.mask == "abnormal" else torch.ones(len(y))
@@ -108,36 +123,55 @@ class Reference:
         if self.kind == "elle":
             z["a"], z["b"], u = self.ball(x), self.ball(x), self.uniform(len(x))
             z["c"] = z["a"] + u[:, None, None, None] * (z["b"] - z["a"])
-        elif self.kind in ("segment", "linear"):
+        elif self.kind == "segment":
             u = self.uniform(len(x))
             z["mid"] = x + u[:, None, None, None] * (x_adv - x)
         elif self.kind == "ball":
             z["near"] = self.ball(x)
         return z, u
 
-    def step(self, x, y):
-        c, (z, u) = self.c, self.points(x, self.attack(x, y).detach())
-        w = {k: p.clone().requires_grad_(True) for k, p in self.w.items()}
+    def loss(self, z, y, w, buffers):
+        """(logits by name, loss of the method) with these weights."""
         self.net.train()
-        logits = functional_call(self.net, w | self.buffers, (torch.cat(list(z.values())),))
-        f = dict(zip(z, logits.split(len(x)), strict=True))
+        logits = functional_call(self.net, w | buffers, (torch.cat(list(z.values())),))
+        f, c = dict(zip(z, logits.split(len(y)), strict=True)), self.c
         loss = ce(f["adv"], y)
         if self.two_points:
             p, q = f["nat"].softmax(1), f["adv"].softmax(1)
             loss = ce(f["nat"], y) + BETA * (p * (p.log() - q.log())).sum(1)
         if c.method == "weat":
             loss = loss / (1 + E(f["nat"]).abs().exp()).log().detach()
-        loss = loss.mean()
+        return f, loss.mean()
+
+    def step(self, x, y):
+        c, (z, u) = self.c, self.points(x, self.attack(x, y).detach())
+        w = {k: p.clone().requires_grad_(True) for k, p in self.w.items()}
+        if c.awp:
+            _, loss = self.loss(z, y, w, {k: b.clone() for k, b in self.buffers.items()})
+            for name, g in zip(w, torch.autograd.grad(loss, list(w.values())), strict=True):
+                p = w[name].detach()
+                moved = p + AWP * p.norm() * g / g.norm() if p.ndim > 1 else p
+                w[name] = moved.requires_grad_(True)
+        f, loss = self.loss(z, y, w, self.buffers)
         if self.kind != "none":
             loss = loss + LAMBDA * self.penalty(f, x, y, u, w)
+        self.time += 1
         for name, g in zip(w, torch.autograd.grad(loss, list(w.values())), strict=True):
-            self.v[name] = c.momentum * self.v[name] + g + c.weight_decay * self.w[name]
+            g = g + c.weight_decay * self.w[name]
+            if c.optimizer == "adam":
+                self.v[name] = 0.9 * self.v[name] + 0.1 * g
+                self.s[name] = 0.999 * self.s[name] + 0.001 * g**2
+                scale = (self.s[name] / (1 - 0.999**self.time)).sqrt() + 1e-8
+                self.w[name] = self.w[name] - c.lr * self.v[name] / (1 - 0.9**self.time) / scale
+                continue
+            self.v[name] = c.momentum * self.v[name] + g
             self.w[name] = self.w[name] - c.lr * self.v[name]
 
 
-@pytest.mark.parametrize("method, regularizer, variant, mask", CASES, ids=map("-".join, CASES))
-def test_weights_after_two_steps(method, regularizer, variant, mask, tiny, config):
-    options = dict(method=method, regularizer=regularizer, variant=variant, mask=mask, eps=EPS)
+@pytest.mark.parametrize("method, regularizer, variant, more", CASES)
+def test_weights_after_two_steps(method, regularizer, variant, more, tiny, config):
+    options = dict(method=method, regularizer=regularizer, variant=variant, eps=EPS)
+    options |= dict(mask="all") | more
     options |= dict(weight=LAMBDA, beta=BETA, gamma=GAMMA, steps=STEPS, warmup=0, epochs=1)
     options |= dict(batch_size=8, width=2, lr=0.05, schedule="constant", precision="fp64")
     c, data = config(**options), replace(tiny, train=tiny.train.take(slice(16)))

@@ -84,20 +84,22 @@ class Onset:
 def co_onset(run: Run, share: float = 0.5) -> Onset | None:
     """The first epoch from which validation PGD accuracy is low and stays so, or None.
 
-    Low: below ``share`` of its peak so far, or of half the adversarial training accuracy (a run can
-    collapse before it was ever robust), while FGSM or training accuracy did not fall with it.
-    Stays: in three quarters of the epochs that follow.
+    Accuracies are means of three epochs, one before and one after (measure them on 1,000 images:
+    100 are noise). Low: below ``share`` of the peak so far, or of half the adversarial training
+    accuracy (a run can collapse before it was ever robust), while FGSM or training accuracy did not
+    fall with it. Stays: in three quarters of the epochs that follow.
     """
-    rows = run.epochs
-    pgd, fgsm, train = (rows[c].to_numpy(float) for c in ("valid_pgd", "valid_fgsm", "train_acc"))
+    smooth = run.epochs[["valid_pgd", "valid_fgsm", "train_acc"]].astype(float)
+    smooth = smooth.rolling(3, min_periods=1, center=True).mean()
+    pgd, fgsm, train = smooth.to_numpy().T
     reference = np.maximum(np.maximum.accumulate(pgd), train / 2)
     low = (pgd < share * reference) & ((fgsm > 1.5 * pgd) | (train > 2 * pgd))
     low &= reference > 0.15  # below this nothing has been learnt, and a fall means nothing
     hits = [i for i in np.flatnonzero(low) if low[i:].mean() >= 0.75]
     if not hits:
         return None
-    epoch, per_epoch = int(hits[0]) + 1, len(rows["steps"].iloc[0]["acc"])
-    column = "aae" if rows["train_aae"].notna().any() else "acc"
+    epoch, per_epoch = int(hits[0]) + 1, len(run.epochs["steps"].iloc[0]["acc"])
+    column = "aae" if run.epochs["train_aae"].notna().any() else "acc"
     series = np.array(run.steps(column), dtype=float)[: epoch * per_epoch]
     peak, after = float(pgd[:epoch].max()), float(pgd[epoch - 1])
     return Onset(epoch, step_alarm(series, per_epoch), peak, after)

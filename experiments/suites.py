@@ -3,7 +3,7 @@
 An `Experiment` is a labelled config with its seeds; `planned` gives the runs, one for every seed.
 The settings of an experiment (`TUNED`) may come from a sweep: from the run, among those whose label
 matches ``sweep``, with the highest PGD accuracy on validation images (mean of the last three
-epochs). Runs that diverged are out.
+epochs, and of all seeds). Settings with a run that diverged are out.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from derkit.config import AUTO, TrainConfig
 from derkit.records import Run, records_folder, runs_folder
@@ -105,14 +107,17 @@ def planned(name: str, overrides: dict[str, Any] | None = None) -> list[Experime
 
 def resolve(run: Experiment, runs: list[Experiment]) -> Experiment:
     """The run with the settings that its sweep chose; unchanged while a run of it is missing."""
-    sweep = [other for other in runs if fnmatchcase(other.label, run.sweep)]
-    sweep = [other for other in sweep if not other.diverged]
-    records = [other.finished(other.records) for other in sweep]
-    if not sweep or not all(records):
+    sweep: dict[str, list[Experiment]] = {}
+    for other in runs:
+        if fnmatchcase(other.label, run.sweep):
+            sweep.setdefault(other.label, []).append(other)
+    sweep = {label: part for label, part in sweep.items() if not any(p.diverged for p in part)}
+    reached = {label: [p.finished(p.records) for p in part] for label, part in sweep.items()}
+    if not sweep or not all(record for part in reached.values() for record in part):
         return run
-    reached = [record.epochs["valid_pgd"].tail(3).mean() for record in records]
-    best = sweep[reached.index(max(reached))].config
-    chosen = {name: getattr(best, name) for name in TUNED}
+    best = max(reached, key=lambda label: np.mean(
+        [record.epochs["valid_pgd"].tail(3).mean() for record in reached[label]]))
+    chosen = {name: getattr(sweep[best][0].config, name) for name in TUNED}
     return replace(run, config=run.config.change(**chosen), sweep="")
 
 
@@ -150,11 +155,11 @@ def settings(eps: float) -> dict[str, list[dict[str, float]]]:
 
 def one_layer(preset: str, seeds: tuple[int, ...], rows: tuple[str, ...] = (),
               **common: Any) -> list[Experiment]:
-    """For every row its settings on one seed, judged on validation images (group tune: a single
+    """For every row its settings on two seeds, judged on validation images (group tune: a single
     test image), then the chosen one on fresh seeds (group test), whose test images are looked at
     once."""
     base = TrainConfig.make(preset, **common)
-    tune = partial(experiment, preset=preset, group="tune", seeds=(100,), common=common | dict(
+    tune = partial(experiment, preset=preset, group="tune", seeds=(100, 101), common=common | dict(
         final_size=1, strong_size=0))
     test = partial(experiment, preset=preset, group="test", seeds=seeds, common=common | dict(
         pgd50_size=1000, autoattack_size=1000, judge_best=False))

@@ -4,11 +4,11 @@ A kit for "Understanding Adversarial Training with Energy-based Models" (arXiv 2
 """
 
 from derkit.attacks import fgsm, n_fgsm, pgd, rs_fgsm
-from derkit.checkpoint import load_checkpoint, load_model, save_checkpoint
+from derkit.checkpoint import load_checkpoint, load_model, load_pretrained, pretrained
+from derkit.checkpoint import save_checkpoint as save_checkpoint
 from derkit.config import GenerateConfig, TrainConfig, parse_eps
 from derkit.data import Dataset, Split, load_dataset
 from derkit.diagnosis.evaluation import autoattack, robust_accuracy, strong_accuracy
-from derkit.diagnosis.masking import gradient_masking
 from derkit.diagnosis.overfitting import co_onset, robust_overfitting
 from derkit.energy import (
     abnormal_mask,
@@ -30,8 +30,9 @@ __version__ = "0.2.0"
 __all__ = [
     "Dataset", "DerkitError", "GenerateConfig", "Normalize", "Run", "Samples", "Split",
     "TrainConfig", "abnormal_mask", "autoattack", "build_model", "co_onset", "delta_energy", "der",
-    "extractor_for", "fgsm", "generate", "gradient_masking", "joint_energy", "load_checkpoint",
-    "load_dataset", "load_model", "load_runs", "load_samples", "marginal_energy", "metrics_table",
-    "n_fgsm", "parse_eps", "pgd", "prepare", "robust_accuracy", "robust_overfitting", "rs_fgsm",
-    "save_checkpoint", "strong_accuracy", "train", "trades_decomposition",
+    "extractor_for", "fgsm", "generate", "joint_energy", "load_checkpoint", "load_dataset",
+    "load_model", "load_pretrained", "load_runs", "load_samples", "marginal_energy",
+    "metrics_table", "n_fgsm", "parse_eps", "pgd", "prepare", "pretrained", "robust_accuracy",
+    "robust_overfitting", "rs_fgsm", "save_checkpoint", "strong_accuracy", "trades_decomposition",
+    "train",
 ]

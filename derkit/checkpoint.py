@@ -8,15 +8,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import safetensors
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from derkit.models import build_model, describe, same_network
-from derkit.util import CheckpointError, atomic_write
+from derkit.util import CheckpointError, atomic_write, pick
 
-FORMAT = "derkit-2"
+FORMAT, ASSETS = "derkit-2", Path(__file__).parent / "assets"
 
 
 def state_hash(state: dict[str, Tensor]) -> str:
@@ -91,6 +92,25 @@ def load_model(path: str | os.PathLike, *, classes: int | None = None,
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path} ({found}) does not fit the model: {reason}") from error
     return model.to(device).eval()
+
+
+def pretrained() -> pd.DataFrame:
+    """The models that come with the kit, a row each: test accuracies as measured on these very
+    weights, data, the command that trained them, sha256 of the weights."""
+    rows = {}
+    for path in sorted(ASSETS.glob("model-*.safetensors")):
+        content = load_checkpoint(path)
+        rows[path.stem.removeprefix("model-")] = {name: content[name] for name in (
+            "clean", "pgd", "strong", "eps", "data", "variant", "command", "sha256")}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def load_pretrained(name: str, device: str | torch.device = "cpu") -> nn.Module:
+    """A model that comes with the kit (`pretrained`), in eval mode and float32.
+
+    Its weights are stored in half precision. Raises DerkitError for a name that there is not."""
+    pick("model", name, dict.fromkeys(pretrained().index))
+    return load_model(ASSETS / f"model-{name}.safetensors", device=device).float()
 
 
 def save_state(path: str | os.PathLike, state: dict[str, Any]) -> None:

@@ -146,7 +146,7 @@ class TrainConfig(Config):
     normalize: bool = option(True, "normaliser inside the model (GradAlign, WEAT: false)")
     method: Method = option("rs_fgsm", "how adversarial examples are made and weighed")
     eps: Radius = option(0.2, "radius in pixel units (published: 8/255)")
-    alpha: Radius | Auto = option(AUTO, "step; auto: 1.25 eps (rs_fgsm), 2 (zerograd), 1/4 (pgd), eps")
+    alpha: Radius | Auto = option(AUTO, "step; auto: eps; rs_fgsm 1.25, zerograd 2, pgd 1/4 of it")
     k: Amount = option(2.0, "n_fgsm: noise in units of eps (published: 2; SVHN 3, WRN 4)")
     q: Decay = option(0.35, "zerograd: share of each gradient that is zeroed (published: 0.35)")
     steps: Positive = option(10, "attack steps of pgd, trades and weat (published: 10)")
@@ -188,6 +188,7 @@ class TrainConfig(Config):
     channels_last: Annotated[bool, ASIDE] = option(True, "memory format of images and weights")
     compile: Annotated[bool, ASIDE] = option(False, "torch.compile the model (not: gradalign)")
     save_every: Annotated[Positive, ASIDE] = option(1, "epochs between states to go on from")
+    keep_every: Annotated[Count, ASIDE] = option(0, "epochs between weights that are kept; 0: none")
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from derkit.diagnosis import landscape, overfitting
 from derkit.generation import generate, metrics, sampler
-from derkit.records import Run
+from derkit.records import Run, title
 from derkit.util import pick
 
 Save = str | Path | None
@@ -28,9 +28,11 @@ STYLES = ["-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1))] * 10
 MARKERS = ["o", "s", "^", "D", "v", "X"] * 10
 ONSET = dict(color="0.2", lw=1, ls=(0, (2, 2)))
 LABELS = dict(valid_fgsm="FGSM, valid", valid_pgd="PGD, valid", valid_clean="clean, valid",
+              train_aae="share of AAEs, train",
               train_acc="training attack, train", probe_pgd="PGD, train", probe_pgd_dE="PGD, train",
               probe_dE="training attack, train", valid_pgd_dE="PGD, valid")
-CURVES = dict(co=(["valid_fgsm", "valid_pgd", "train_acc"], ["probe_dE", "valid_pgd_dE"]),
+CO = ["valid_fgsm", "valid_pgd", "train_acc", "train_aae"]
+CURVES = dict(co=(CO, ["probe_dE", "valid_pgd_dE"]),
               ro=(["probe_pgd", "valid_pgd", "valid_clean"], ["probe_pgd_dE", "valid_pgd_dE"]))
 
 
@@ -130,18 +132,44 @@ def compare_runs(groups: Mapping[str, list], column: str, ylabel: str, save: Sav
             _line(axis, i, label, rows.index, *rows.T.agg(["mean", "min", "max"]).to_numpy())
 
 
+def scoreboard(tables: Mapping[str, pd.DataFrame], save: Save = None) -> None:
+    """Clean and AutoAttack accuracy of every row of result tables (`overfitting.summary`), a panel
+    per data set, the most robust row on top; error bars: the range over seeds."""
+    tables = {name: table.sort_values("aa") for name, table in tables.items()}
+    height = 1.2 + 0.36 * max(map(len, tables.values()))
+    with _panels(save, 5.2, height, list(tables), xlabel="accuracy, test images") as axes:
+        for axis, table in zip(axes, tables.values(), strict=True):
+            at = np.arange(len(table))
+            for i, (name, word) in enumerate(dict(clean="clean", aa="AutoAttack").items()):
+                ends = table[[f"{name} min", f"{name} max"]].sub(table[name], axis=0).abs()
+                axis.barh(at + 0.2 - 0.4 * i, table[name], 0.4, xerr=ends.T, capsize=2, label=word,
+                          color=COLORS[i], hatch=["", "///"][i], edgecolor="0.2")
+            axis.set_yticks(at, [title(name) for name in table.index])
+
+
+def alarm_leads(tables: Mapping[str, pd.DataFrame], save: Save = None) -> None:
+    """Lead of each signal's alarm over the onset of CO, a point per collapsed run, and how often it
+    was missed or false; ``tables``: `co_alarms` of many runs in one, a panel per data set."""
+    wide = dict(xlabel="lead over the onset, epochs (left of 0: too late)")
+    with _panels(save, 6.4, 3.2, list(tables), **wide) as axes:
+        for axis, table in zip(axes, tables.values(), strict=True):
+            for i, (_, rows) in enumerate(table.groupby("signal", sort=False)):
+                bad, good = rows[rows["onset"].notna()], rows[rows["onset"].isna()]
+                leads = np.sort(bad["lead"].dropna().to_numpy(float))
+                spots = i + np.linspace(-0.3, 0.3, max(len(leads), 1))[: len(leads)]
+                axis.plot(leads, spots, MARKERS[i], color=COLORS[i], ms=4)
+                missed, false = bad["alarm"].isna().sum(), good["alarm"].notna().sum()
+                words = f"missed {missed} of {len(bad)}, false {false} of {len(good)}"
+                axis.annotate(words, (1.01, i), xycoords=("axes fraction", "data"), fontsize=7,
+                              va="center")
+            axis.set_yticks(range(table["signal"].nunique()), table["signal"].unique())
+            axis.axvline(0, **ONSET)
+
+
 def result_bars(table: pd.DataFrame, columns: Names, save: Save = None) -> None:
     """Bars of a result table (index: methods), with the ranges 'NAME min' to 'NAME max'."""
     with _panels(save, 1.3 + 1.2 * len(table), 3.4, ylabel="accuracy") as (axis,):
         _bars(axis, table, columns, turn=20)
-
-
-def accuracy_by_eps(table: pd.DataFrame, ylabel: str = "accuracy", save: Save = None) -> None:
-    """Accuracy against the radius, a line per method with its range (`derkit.records.by_eps`)."""
-    settings = dict(ylabel=ylabel, ylim=(-0.02, None), xticks=sorted(table["eps"].unique()))
-    with _panels(save, 6.4, 3.8, size=7, xlabel="eps / (1/255)", **settings) as (axis,):
-        for i, (name, rows) in enumerate(table.groupby("method", sort=False)):
-            _line(axis, i, name, *rows[["eps", "mean", "min", "max"]].to_numpy().T)
 
 
 def energy_histograms(panels: Mapping[str, list], key: str = "E", save: Save = None) -> None:

@@ -107,12 +107,14 @@ class Run:
         """A series over all training steps: 'loss', 'acc' or 'aae' (on adversarial examples)."""
         return [value for row in self.epochs["steps"] for value in row[column]]
 
-    def model(self, which: str = "last", device: str | torch.device = "cpu",
+    def model(self, which: str | int = "last", device: str | torch.device = "cpu",
               model: nn.Module | None = None) -> nn.Module:
-        """The network of the 'last' or the 'best' epoch, in eval mode. A user's own needs
-        ``model``, the module to fill."""
-        names = {"last": "final.safetensors", "best": "best.safetensors"}
-        return load_model(self.folder / pick("epoch", which, names), device=device, model=model)
+        """The network of the 'last', the 'best' or a numbered epoch (`TrainConfig.keep_every`), in
+        eval mode. A user's own needs ``model``, the module to fill."""
+        names = {"last": "final", "best": "best"}
+        names |= {p.stem[6:]: p.stem for p in self.folder.glob("epoch-*.safetensors")}
+        file = f"{pick('epoch', str(which), names)}.safetensors"
+        return load_model(self.folder / file, device=device, model=model)
 
     def __repr__(self) -> str:
         return f"Run({self.name}, {len(self.epochs)} epochs{', finished' * self.finished})"
@@ -144,26 +146,22 @@ def load_records(name: str, root: Path | None = None) -> dict[str, list[Run]]:
     return groups
 
 
+WORDS = dict(fgsm="FGSM", rs_fgsm="RS-FGSM", n_fgsm="N-FGSM", zerograd="ZeroGrad", pgd="PGD",
+             trades="TRADES", weat="WEAT", der="DER", gradalign="GradAlign", elle="ELLE",
+             aaer="AAER", standard="standard")
+FORMS = ("norm", "marginal", "segment", "ball")
+
+
+def title(label: str) -> str:
+    """A label as people say it: 'n_fgsm + der norm' -> 'N-FGSM + DER (norm)'."""
+    words = re.sub(r"[a-z_]+", lambda word: WORDS.get(word[0], word[0]), label)
+    return re.sub(rf"DER ({'|'.join(FORMS)})", r"DER (\1)", words)
+
+
 def load_costs(name: str, root: Path | None = None) -> pd.Series:
     """Cost of a training step by label, relative to the suite's first run."""
     costs = read_json((root or records_folder()) / name / "cost.json")["ratio"]
     return pd.Series(costs, name="cost")
-
-
-def by_eps(groups: Mapping[str, Sequence[Run]], metric: str, which: str = "last") -> pd.DataFrame:
-    """Groups labelled '<method> eps <radius>': method, eps (of 255), mean, min, max over seeds.
-
-    which: the 'last' epoch or the 'best'. Other groups and runs without the metric are left out."""
-    rows = []
-    for name, runs in groups.items():
-        method, eps, radius = name.rpartition(" eps ")
-        finals = [run.final[which] for run in runs]
-        values = [final[metric] for final in finals if final.get(metric) is not None]
-        if eps and values and "lambda" not in radius:
-            radius = runs[0].config["train"]["eps"] * 255
-            rows.append((method, radius, np.mean(values), min(values), max(values), len(values)))
-    table = pd.DataFrame(rows, columns=["method", "eps", "mean", "min", "max", "runs"])
-    return table.sort_values(["method", "eps"], kind="stable", ignore_index=True)
 
 
 def grid(folder: Path, names: Sequence[str] = ()) -> dict[str, list[Run]]:

@@ -12,12 +12,11 @@ import torch
 from benchmarks import throughput as bench
 from benchmarks.operations import operations_per_image
 from derkit.config import TrainConfig
-from derkit.diagnosis.masking import VERDICTS
 from derkit.models import build_model
 from derkit.training.loop import train, train_step
 from derkit.training.objectives import Objective, make_regularizer
 from experiments import suites
-from scripts import masking_trials, measure_cost
+from scripts import measure_cost
 
 
 @pytest.mark.parametrize("name", bench.METHODS)
@@ -71,22 +70,9 @@ def toy(tmp_path, monkeypatch, config):
     """A suite of one FGSM run, its records folder inside tmp_path."""
     experiment = suites.Experiment("fgsm", config(method="fgsm", strong_size=8), seeds=(0,))
     monkeypatch.setitem(suites.SUITES, "toy", suites.Suite("", (experiment,)))
-    for module in (suites, masking_trials, measure_cost):
+    for module in (suites, measure_cost):
         monkeypatch.setattr(module, "records_folder", lambda: tmp_path)
     return tmp_path / "toy"
-
-
-def test_masking_trials(toy, tiny):
-    """Verdicts beside what the records say; without runs, the command that makes them."""
-    with pytest.raises(SystemExit, match="python -m experiments.run toy first"):
-        masking_trials.main(["toy"])
-    [run] = suites.planned("toy")
-    train(run.config, tiny, folder=run.folder, verbose=False)
-    assert masking_trials.main(["toy", "--images", "10"]) == 0
-    [row] = json.loads((toy / "masking.json").read_text())["rows"]
-    assert row["verdict"] in VERDICTS and row["collapsed"] is False and row["label"] == "fgsm"
-    failed = [name for name, c in row["checks"].items() if c["found"] > c["bound"]]
-    assert row["reasons"] == failed and 0 <= row["strong"] <= 1
 
 
 def test_measure_cost(toy, monkeypatch):

@@ -128,3 +128,24 @@ def test_the_bundled_extractor_is_no_classifier():
     assert {t.dtype for t in content["state"].values()} == {torch.float16}
     with pytest.raises(CheckpointError, match=r"\(extractor\) does not fit the model"):
         load_model(path)
+
+
+def test_reference_models(tmp_path):
+    """Small files that say what they are, and still reach the accuracy that they name."""
+    table = checkpoint.pretrained()
+    test = load_dataset("fashion_mini").test.take(slice(1000))
+    assert {"fashion-standard", "fashion-robust", "fashion-collapsed", "fashion-der"} <= set(
+        table.index)
+    for name, row in table.iterrows():
+        path = checkpoint.ASSETS / f"model-{name}.safetensors"
+        assert path.stat().st_size < 1e6 and row["command"].startswith("derkit train --preset")
+        assert str(Path.home()) not in str(load_checkpoint(path)["config"])
+        if name.startswith("fashion"):
+            model = derkit.load_pretrained(name)
+            clean = accuracy(predict(model, test), test.labels)
+            pgd = robust_accuracy(model, test, row["eps"])
+            assert clean == pytest.approx(row["clean"], abs=0.005), name
+            assert pgd == pytest.approx(row["pgd"], abs=0.02), "a start may round differently"
+    assert table.loc["fashion-collapsed", "strong"] < 0.1 < table.loc["fashion-der", "strong"]
+    with pytest.raises(DerkitError, match="Did you mean 'fashion-robust'"):
+        derkit.load_pretrained("fashion-robus")

@@ -24,7 +24,7 @@ OPTIONAL = {"torch_fidelity", "pyautoattack", "ipykernel", "tqdm"}
 
 ORDER = """util energy models attacks config checkpoint data records
     training.der diagnosis.evaluation training.objectives training.monitor diagnosis.overfitting
-    training.loop diagnosis.landscape diagnosis.masking generation.starts generation.sampler
+    training.loop diagnosis.landscape generation.starts generation.sampler
     generation.generate generation.extractor generation.metrics plots notebook __main__
     """
 ROOMS = ORDER.split()  # each imports from rooms before it only

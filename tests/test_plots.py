@@ -34,7 +34,6 @@ u = np.linspace(0, 1, 5)
 path = dict(u=u, E=rng.normal(size=(5, 4)), ce=rng.normal(size=(5, 4)))
 slices = {"m": dict(axis=u, ce=rng.random((5, 5)), E=rng.random((5, 5)))}
 bars = pd.DataFrame({"clean": [0.8, 0.7], "clean min": 0.6, "clean max": 0.9, "pgd": 0.4}, NAMES)
-by_eps = [dict(method=m, eps=e, mean=0.5, min=0.4, max=0.6) for m in "ab" for e in (8, 16)]
 strength = [{"model": m, "attack": a, "eps": e, "dE(x)": e} for m in "mn" for a in "FP"
             for e in (0.1, 0.2)]
 dial = pd.DataFrame({"recall": [0.1, 0.2], "CFD": [3.0, 2.0], "tau": ["0", "1"]})
@@ -50,8 +49,10 @@ FIGURES = {  # function: arguments
     "overfitting_curves ro": lambda: [{"a": runs("pgd")[0], "b": runs("pgd")[1]}, "ro"],
     "signal_curves": lambda: [runs("fgsm")[0], co_alarms(runs("fgsm")[0])],
     "compare_runs": lambda: [{"a": runs("fgsm"), "b": runs("n_fgsm")[:1]}, "valid_pgd", "PGD"],
+    "scoreboard": lambda: [{"toy": bars.rename(columns=lambda c: c.replace("pgd", "aa")).assign(
+        **{"aa min": 0.3, "aa max": 0.5})}],
+    "alarm_leads": lambda: [{"toy": co_alarms(runs("fgsm")[0])}],
     "result_bars": lambda: [bars, ["clean", "pgd"]],
-    "accuracy_by_eps": lambda: [pd.DataFrame(by_eps)],
     "energy_histograms": lambda: [{"m": [attack, attack], "n": [attack]}, "Ey"],
     "energy_map": lambda: [{"m": attack, "n": attack}],
     "delta_by_strength": lambda: [pd.DataFrame(strength)],

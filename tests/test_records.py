@@ -161,23 +161,6 @@ def test_labels_and_order_of_records(tmp_path):
         load_records("suite", tmp_path / "absent")
 
 
-def test_by_eps(tmp_path):
-    def runs(name, *values, eps):
-        finals = [dict(pgd=value) for value in values]
-        return [Run(make_run(tmp_path / f"{name}{i}", final, eps=eps))
-                for i, final in enumerate(finals)]
-
-    groups = {"FGSM eps 16": runs("a", 0.1, 0.3, eps=16 / 255),
-              "FGSM eps 8": runs("b", 0.5, None, eps=8 / 255),
-              "FGSM": runs("c", 0.9, eps=0.1), "FGSM eps 8 lambda 2": runs("d", 0.9, eps=0.1)}
-    found = records.by_eps(groups, "pgd")
-    expected = pd.DataFrame(dict(
-        method=["FGSM"] * 2, eps=[8.0, 16.0], mean=[0.5, 0.2], min=[0.5, 0.1], max=[0.5, 0.3],
-        runs=[1, 2]))
-    pd.testing.assert_frame_equal(found, expected)
-    assert records.by_eps(groups, "aa").empty
-
-
 def test_grid(tmp_path):
     for name in ("a-s0", "a-s1", "b-s0", "alone"):
         make_run(tmp_path / name, dict(clean=0.5))

@@ -398,3 +398,26 @@ def test_bad_input_before_any_work(config, home):
         with pytest.raises(DerkitError, match=message):
             train(config(**bad))
     assert not (home / "runs").exists()
+
+
+def test_weights_are_kept_on_the_way(tiny, config, tmp_path):
+    """keep_every=2 of 5 epochs: those of 2 and 4, as a run that ends there would have them."""
+    c = config(epochs=5, schedule="constant", keep_every=2)
+    run = train(c, tiny, folder=tmp_path / "long", verbose=False)
+    assert {p.stem for p in run.folder.glob("epoch-*")} == {"epoch-2", "epoch-4"}
+    short = train(c.change(epochs=2, keep_every=0), tiny, folder=tmp_path / "short", verbose=False)
+    for mine, theirs in zip(run.model(2).parameters(), short.model().parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    with pytest.raises(DerkitError, match="unknown epoch '3'.*Allowed: last, best, "):
+        run.model(3)
+    train(c.change(keep_every=0), tiny, folder=run.folder, resume=False, verbose=False)
+    assert not [*run.folder.glob("epoch-*")], "a run that starts anew leaves nothing of the old one"
+
+
+def test_the_best_epoch_is_judged_less_if_asked(tiny, config):
+    """judge_best=false: strong suite and the like for the last epoch only; asked again, for all."""
+    c = config(epochs=2, lr=0.0, strong_size=8, pgd50_size=4, judge_best=False)
+    with_last, without = (train(c, tiny, verbose=False).final[name] for name in ("last", "best"))
+    assert with_last["strong_images"] == 8 and with_last["pgd50_images"] == 4
+    assert "strong" not in without and without["images"] == with_last["images"]
+    assert train(c.change(judge_best=True), tiny, verbose=False).final["best"]["pgd50_images"] == 4

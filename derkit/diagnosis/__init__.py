@@ -1,1 +1,1 @@
-"""Evaluation, overfitting, energies of attacks, gradient masking."""
+"""Evaluation, overfitting, energies of attacks."""

@@ -359,8 +359,8 @@ def _open(folder: Path, state: State, dataset: Dataset, signature: str, env: dic
     with util.disk_errors(folder):
         util.remove_temporary(folder)
         if not state.rows:
-            for name in ("final.json", "last.pt", "best.safetensors", "final.safetensors"):
-                (folder / name).unlink(missing_ok=True)
+            for path in [folder / "final.json", folder / "last.pt", *folder.glob("*.safetensors")]:
+                path.unlink(missing_ok=True)
         write_lines(folder / "metrics.jsonl", state.rows)
         sizes = {name: len(getattr(dataset, name)) for name in ("train", "valid", "test")}
         about = dict(dataset=dataset.name, source=dataset.source, data_sha256=dataset.sha256)
@@ -397,6 +397,8 @@ def _close_epoch(folder: Path, state: State, dataset: Dataset, record: dict) -> 
         if row["valid_pgd"] > state.best:
             state.best = row["valid_pgd"]
             _save_weights(folder / "best.safetensors", state)
+        if config.keep_every and epoch % config.keep_every == 0:
+            _save_weights(folder / f"epoch-{epoch}.safetensors", state)
         if epoch % config.save_every == 0 or epoch == config.epochs:
             state.save(folder / "last.pt")
         write_lines(folder / "metrics.jsonl", state.rows)

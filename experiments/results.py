@@ -1,0 +1,176 @@
+"""The tables of docs/results.md and README.md, written from the records.
+
+    python -m experiments.results
+
+Text stays; what stands between '<!-- TABLE ARGUMENTS -->' and '<!-- end -->' is replaced.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from derkit.diagnosis.overfitting import alarm_summary, co_onset, robust_overfitting
+from derkit.records import Run, load_costs, load_records, records_folder, title
+from experiments.claims import counts, scorecard
+from experiments.suites import TUNED, planned, settings
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "docs/results.md")
+BLOCK = re.compile(r"(<!-- (\w+) ?([\w ]*) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+SIGNS = dict(weight="lambda", alpha="alpha", k="k", q="q")
+
+
+def tested(suite: str) -> dict[str, list[Run]]:
+    """The finished runs of a suite that were judged on test images, by label."""
+    labels = {run.label for run in planned(suite) if run.group in ("", "test")}
+    return {label: runs for label, runs in load_records(suite).items() if label in labels}
+
+
+def cell(values: Sequence[float], spread: bool = False) -> str:
+    """'0.45', or with its standard error and range over seeds '0.45 ± 0.01 [0.43, 0.47]'."""
+    text = f"{np.mean(values):.3f}"
+    if spread and len(values) > 1:
+        error = np.std(values, ddof=1) / len(values) ** 0.5
+        text += f" ± {error:.3f} [{min(values):.3f}, {max(values):.3f}]"
+    return text
+
+
+def chosen(label: str, run: Run) -> str:
+    """The settings that were tuned, in words: 'lambda 2'."""
+    train = run.config["train"]
+    options = settings(train["eps"]).get(label, [{}])
+    words = []
+    for name in (name for name in TUNED if name in options[0]):
+        scaled = train["eps"] if name == "alpha" else 1
+        unit = " eps" if name == "alpha" else ""
+        words.append(f"{SIGNS[name]} {train[name] / scaled:.3g}{unit}")
+    return ", ".join(words) or "-"
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table with its index as the first column."""
+    rows = [[table.index.name or "", *table.columns], ["---"] * (1 + len(table.columns))]
+    rows += [[name, *map(str, row)] for name, *row in table.itertuples()]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+# ------------------------------------------------------------------------------------- the tables
+def rows(suite: str) -> pd.DataFrame:
+    """Every row of a suite, the most robust first."""
+    costs, found = load_costs(suite), {}
+    for label, runs in tested(suite).items():
+        last = pd.DataFrame([run.final["last"] for run in runs])
+        collapsed = sum(co_onset(run) is not None for run in runs)
+        found[title(label)] = {
+            "settings": chosen(label, runs[0]), "collapsed": f"{collapsed} of {len(runs)}",
+            "clean": cell(last["clean"]), "PGD-50-10": cell(last["pgd50"]),
+            "strong": cell(last["strong"]), "AutoAttack": cell(last["aa"], True),
+            "cost": f"{costs[label]:.1f}", "order": last["aa"].mean()}
+    table = pd.DataFrame.from_dict(found, orient="index").sort_values("order", ascending=False)
+    return table.drop(columns="order").rename_axis("method")
+
+
+def tuning(suite: str) -> pd.DataFrame:
+    """Every setting that was tried: PGD-10 on validation images, mean of two seeds; the best in
+    bold."""
+    tried: dict[str, dict[str, float]] = {}
+    for label, runs in load_records(suite).items():
+        row, _, values = label.partition(": ")
+        if values:
+            reached = [run.epochs["valid_pgd"].tail(3).mean() for run in runs]
+            tried.setdefault(row, {})[chosen(row, runs[0])] = float(np.mean(reached))
+    found = {}
+    for row, values in tried.items():
+        best = max(values, key=values.get)
+        words = [f"**{name}: {value:.3f}**" if name == best else f"{name}: {value:.3f}"
+                 for name, value in values.items()]
+        found[title(row)] = {f"setting {i}": word for i, word in enumerate(words, 1)}
+    return pd.DataFrame.from_dict(found, orient="index").rename_axis("method")
+
+
+def alarms(*suites: str) -> pd.DataFrame:
+    """Lead time and false alarms of every signal, a row per data set and signal."""
+    parts = []
+    for suite in suites:
+        runs = [run for group in tested(suite).values() for run in group]
+        parts.append(alarm_summary(runs).assign(suite=suite))
+    table = pd.concat(parts).set_index("signal").rename_axis("signal")
+    table["median lead"] = [f"{lead:.0f}" if np.isfinite(lead) else "-"
+                            for lead in table["median lead"]]
+    return table[["suite", "in time", "rang", "median lead", "false alarms"]]
+
+
+def collapses(*suites: str) -> pd.DataFrame:
+    """What became of dE(x) in every run that collapsed: mean under PGD, validation images."""
+    found = {}
+    for suite in suites:
+        for label, runs in tested(suite).items():
+            for run in runs:
+                if onset := co_onset(run):
+                    moved, aae = (run.epochs[name] for name in ("valid_pgd_dE", "train_aae"))
+                    before = max(onset.epoch - 4, 0)
+                    found[f"{title(label)}, seed {run.config['train']['seed']}"] = {
+                        "suite": suite, "onset": onset.epoch,
+                        "dE(x) before": f"{moved[before]:+.2f}",
+                        "at onset": f"{moved[onset.epoch - 1]:+.2f}",
+                        "at the end": f"{moved.iloc[-1]:+.2f}",
+                        "AAE at the end": f"{aae.iloc[-1]:.2f}"}
+    return pd.DataFrame.from_dict(found, orient="index").rename_axis("run")
+
+
+def robust(suite: str) -> pd.DataFrame:
+    """Best against last epoch of long PGD training."""
+    found = {}
+    for label, runs in tested(suite).items():
+        ends = {name: pd.DataFrame([run.final[name] for run in runs]) for name in ("best", "last")}
+        gaps = [robust_overfitting(run).gap for run in runs]
+        found[title(label)] = {
+            "runs": len(runs), "clean, last": cell(ends["last"]["clean"]),
+            **{f"PGD-20, {name}": cell(part["pgd"], True) for name, part in ends.items()},
+            **{f"strong, {name}": cell(part["strong"]) for name, part in ends.items()},
+            "validation gap": cell(gaps)}
+    return pd.DataFrame.from_dict(found, orient="index").rename_axis("method")
+
+
+def claims(*suites: str) -> pd.DataFrame:
+    """The verdict of every claim of the suites."""
+    table = scorecard(suites)
+    table["run"] = table["run"].map(title)
+    return table.set_index("claim")[["suite", "run", "ours", "verdict"]]
+
+
+def verdicts() -> pd.DataFrame:
+    """How many claims have which verdict, over all suites."""
+    return pd.DataFrame([counts(scorecard())], index=["claims"])
+
+
+TABLES = dict(rows=rows, tuning=tuning, alarms=alarms, collapses=collapses, robust=robust,
+              claims=claims, verdicts=verdicts)
+
+
+def render(text: str) -> str:
+    """A page with its tables written anew; those of suites without records stay empty."""
+
+    def block(match: re.Match) -> str:
+        suites = [name for name in match[3].split() if (records_folder() / name).is_dir()]
+        if match[3] and not suites:
+            return f"{match[1]}Not run yet.\n\n"
+        return f"{match[1]}{markdown(TABLES[match[2]](*suites))}\n"
+
+    return BLOCK.sub(block, text)
+
+
+def main() -> None:
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        (ROOT / page).write_text(render(text))
+        print(f"{page}: {len(BLOCK.findall(text))} tables")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The tables of README and docs/results.md are those of the records; the generator's parts."""
+
+import pandas as pd
+import pytest
+
+from derkit.diagnosis.overfitting import co_onset
+from derkit.records import load_records, records_folder, title
+from experiments import results
+
+SUITES = sorted(path.name for path in records_folder().glob("co_*"))
+
+
+@pytest.mark.parametrize("page", results.PAGES)
+def test_pages_are_what_the_records_say(page):
+    """`python -m experiments.results` would change nothing."""
+    text = (results.ROOT / page).read_text()
+    assert results.BLOCK.findall(text) and results.render(text) == text
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_rows_against_the_final_records(suite):
+    """One row by hand: mean, standard error and range over seeds of a JSON field."""
+    table, runs = results.rows(suite), load_records(suite)["n_fgsm"]
+    values = pd.Series([run.final["last"]["aa"] for run in runs])
+    row = table.loc["N-FGSM"]
+    found = [float(word.strip("[],")) for word in row["AutoAttack"].replace("±", "").split()]
+    expected = [values.mean(), values.std() / len(values) ** 0.5, values.min(), values.max()]
+    assert found == pytest.approx(expected, abs=6e-4)
+    assert {run.final["last"]["aa_images"] for run in runs} == {1000}
+    assert row["collapsed"] == f"{sum(co_onset(run) is not None for run in runs)} of {len(runs)}"
+    robust = [float(text.split()[0]) for text in table["AutoAttack"]]
+    assert robust == sorted(robust, reverse=True)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_the_chosen_setting_is_the_best_on_validation_images(suite):
+    tried, rows = results.tuning(suite), results.rows(suite)
+    for method, row in tried.iterrows():
+        values = {cell: float(cell.strip("*").rpartition(": ")[2]) for cell in row}
+        best = [cell for cell in row if cell.startswith("**")]
+        assert len(row) == 4 and len(best) == 1 and values[best[0]] == max(values.values())
+        assert best[0].strip("*").rpartition(": ")[0] == rows.loc[method, "settings"]
+
+
+def test_alarms_and_collapses_count_every_run():
+    table = results.alarms(*SUITES)
+    for suite in SUITES:
+        runs = [run for group in results.tested(suite).values() for run in group]
+        part = table[table["suite"] == suite]
+        bad, good = (part[name].str.partition(" of ")[2].astype(int)
+                     for name in ("rang", "false alarms"))
+        assert set(bad + good) == {len(runs)} and len(part) == 5
+        collapsed = results.collapses(suite)
+        assert set(bad) == {len(collapsed)}
+
+
+def test_titles_and_empty_tables():
+    assert title("n_fgsm + der norm") == "N-FGSM + DER (norm)"
+    assert title("pgd-10, AWP") == "PGD-10, AWP" and title("rs_fgsm + aaer") == "RS-FGSM + AAER"
+    page = "a\n<!-- rows co_nothing -->\nold\n<!-- end -->\nb"
+    assert results.render(page) == "a\n<!-- rows co_nothing -->\nNot run yet.\n\n<!-- end -->\nb"

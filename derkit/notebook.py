@@ -89,7 +89,8 @@ def configure(values: dict[str, Any], preset: str | None = None, other: str | No
     if given.get("dataset", "fashion_mini") != "fashion_mini":
         preset, overrides = other, {}
     config = TrainConfig.make(preset, **(overrides | given))
-    if config.model != "small_cnn" and choose_device(config.device).type == "cpu":
+    large = config.model in ("preact_resnet18", "wide_resnet")
+    if large and choose_device(config.device).type == "cpu":
         print("a large model on a CPU: evaluation is cut to a few images (a GPU has them all)")
         config = config.change(eval_size=64, probe_size=32, final_size=100, strong_size=32,
                                pgd50_size=0, autoattack_size=0)  # fmt: skip

@@ -14,11 +14,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from torch import Tensor
+from torch import Tensor, nn
 
+from derkit import records
 from derkit.diagnosis import landscape, overfitting
 from derkit.generation import generate, metrics, sampler
-from derkit.records import Run, title
+from derkit.records import Run
 from derkit.util import pick
 
 Save = str | Path | None
@@ -144,7 +145,7 @@ def scoreboard(tables: Mapping[str, pd.DataFrame], save: Save = None) -> None:
                 ends = table[[f"{name} min", f"{name} max"]].sub(table[name], axis=0).abs()
                 axis.barh(at + 0.2 - 0.4 * i, table[name], 0.4, xerr=ends.T, capsize=2, label=word,
                           color=COLORS[i], hatch=["", "///"][i], edgecolor="0.2")
-            axis.set_yticks(at, [title(name) for name in table.index])
+            axis.set_yticks(at, [records.title(name) for name in table.index])
 
 
 def alarm_leads(tables: Mapping[str, pd.DataFrame], save: Save = None) -> None:
@@ -240,6 +241,22 @@ def energy_slices(slices: Mapping[str, dict], key: str = "ce", save: Save = None
             axis.annotate("x*", (1, 0), (5, 6), **words)
             axis.grid(False)
             plt.colorbar(filled, ax=axis, label=dict(ce="CE", E="E")[key])
+
+
+def filters(models: Mapping[str, nn.Module], save: Save = None) -> None:
+    """The filters of each model's first convolution, a row per model; red raises, blue lowers."""
+    first = {name: next(m for m in model.modules() if isinstance(m, nn.Conv2d)).weight.detach()
+             for name, model in models.items()}
+    shape = len(first), max(map(len, first.values()))
+    options = dict(squeeze=False, subplot_kw=dict(xticks=[], yticks=[]))
+    axes = plt.subplots(*shape, figsize=(0.9 * shape[1] + 1.4, 0.95 * shape[0]), **options)[1]
+    for line, (name, weights) in zip(axes, first.items(), strict=True):
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        for axis, weight in zip(line, weights.double().cpu().numpy().mean(1), strict=False):
+            most = abs(weight).max()
+            axis.imshow(weight, cmap="RdBu_r", vmin=-most, vmax=most)
+            axis.set_xlabel(f"{abs(weight.sum()) / abs(weight).sum():.2f}", fontsize=7, labelpad=1)
+    _finish(save)
 
 
 def _mosaic(save: Save, rows: Sequence[tuple[str, Tensor]], top: Names = (), under: Names = (),

@@ -12,54 +12,50 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import torch
 
 matplotlib.use("Agg")
 
 from derkit import plots  # noqa: E402
 from derkit.data import SPECS  # noqa: E402
-from derkit.diagnosis.overfitting import summary  # noqa: E402
-from derkit.records import by_eps, load_records, records_folder  # noqa: E402
+from derkit.diagnosis.overfitting import co_alarms, summary  # noqa: E402
+from derkit.records import load_records, records_folder, title  # noqa: E402
 
+ROWS = ("fgsm", "fgsm + der norm", "fgsm + der ball")
 CURVES = {  # file: suite, kind of overfitting, runs (the first seed of each)
-    "co_fashion_mini": ("co_fashion_mini", "co", ("fgsm", "n_fgsm", "fgsm + der")),
+    "collapse_fashion_mini": ("co_fashion_mini", "co", ROWS),
+    "collapse_cifar10": ("co_cifar10", "co", ROWS),
     "ro_fashion_mini": ("ro_fashion_mini", "ro", ("pgd", "pgd + der")),
-    "co_cifar10": ("cifar10", "co", ("fgsm eps 16/255", "n_fgsm eps 16/255",
-                                     "fgsm + der segment eps 16/255")),
-    "ro_cifar10": ("cifar10", "ro", ("pgd-10", "pgd-10 + der segment")),
-    "co_fashion_mnist": ("fashion_mnist", "co", ("fgsm", "n_fgsm", "fgsm + der ball")),
-    "ro_fashion_mnist": ("fashion_mnist", "ro", ("ro pgd-4", "ro pgd-4 + der segment")),
-    "co_fashion_mnist_short": ("fashion_mnist_short", "co", ("fgsm", "n_fgsm", "fgsm + der ball")),
 }
-BY_EPS = {"pgd50_cifar10": ("cifar10", "pgd50", "PGD-50-10 accuracy"),
-          "autoattack_cifar10": ("cifar10", "aa", "AutoAttack accuracy")}
+COLLAPSES = {"co_fashion_mini": "bundled images, eps 40/255", "co_cifar10": "CIFAR-10, eps 8/255",
+             "co_cifar100": "CIFAR-100, eps 8/255"}
 GRIDS = {"generation_local_fashion_mini": "local PCA, quantile stop",
          "generation_eccv24_fashion_mini": "ECCV'24, eta 0.8, 20 steps"}
 
 
-def records(suite: str) -> dict[str, list]:
-    """The suite's runs by label; none where it has no records yet."""
-    return load_records(suite) if (records_folder() / suite).is_dir() else {}
+def tested(suite: str) -> dict[str, list]:
+    """The suite's runs that were judged on test images, by label; none without records."""
+    groups = load_records(suite) if (records_folder() / suite).is_dir() else {}
+    return {label: runs for label, runs in groups.items() if ":" not in label}
 
 
 def training(folder: Path) -> None:
-    """Curves of single runs, accuracies by radius, and DER beside the other methods."""
+    """Curves of single runs; all methods on all data sets; the alarms of all runs."""
     for file, (suite, kind, labels) in CURVES.items():
-        groups = records(suite)
+        groups = tested(suite)
         missing = [label for label in labels if label not in groups]
         if missing:
             print(f"skipped {file}.png: no records of {suite}: {', '.join(missing)}")
             continue
-        runs = {label: groups[label][0] for label in labels}
+        runs = {title(label): groups[label][0] for label in labels}
         plots.overfitting_curves(runs, kind, save=folder / f"{file}.png")
-    for file, (suite, metric, ylabel) in BY_EPS.items():
-        table = by_eps(records(suite), metric)
-        if table["eps"].nunique() < 2:
-            print(f"skipped {file}.png: no records of {suite} with {metric} at two radii")
-            continue
-        plots.accuracy_by_eps(table, ylabel, save=folder / f"{file}.png")
-    table = summary(load_records("co_fashion_mini"))
-    plots.result_bars(table, ["clean", "pgd", "strong"], save=folder / "der_fashion_mini.png")
+    groups = {name: tested(suite) for suite, name in COLLAPSES.items() if tested(suite)}
+    tables = {name: summary(runs) for name, runs in groups.items()}
+    plots.scoreboard(tables, save=folder / "scoreboard.png")
+    alarms = {name: pd.concat(co_alarms(run) for runs in group.values() for run in runs)
+              for name, group in groups.items()}
+    plots.alarm_leads(alarms, save=folder / "alarms.png")
 
 
 def generation(folder: Path) -> None:

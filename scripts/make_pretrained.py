@@ -20,7 +20,7 @@ MODELS = {
     "fashion-standard": FASHION | dict(method="standard"),
     "fashion-robust": FASHION | dict(method="pgd"),
     "fashion-collapsed": FASHION,
-    "fashion-der": FASHION | dict(regularizer="der", variant="ball", weight=4),
+    "fashion-der": FASHION | dict(regularizer="der", variant="ball", weight=8),
 }
 
 

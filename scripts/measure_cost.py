@@ -44,7 +44,7 @@ def stepper(config: TrainConfig, data: Dataset) -> Callable[[], float]:
 
 def main(suite: str) -> None:
     torch.set_num_threads(1)
-    configs = {run.label: run.config for run in planned(suite)}
+    configs = {run.label: run.config for run in planned(suite) if run.group != "tune"}
     data = load_dataset(next(iter(configs.values())).dataset)
     steppers = {label: stepper(config, data) for label, config in configs.items()}
     times: dict[str, list[float]] = {label: [] for label in steppers}

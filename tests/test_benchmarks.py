@@ -13,7 +13,7 @@ from benchmarks import throughput as bench
 from benchmarks.operations import operations_per_image
 from derkit.config import TrainConfig
 from derkit.models import build_model
-from derkit.training.loop import train, train_step
+from derkit.training.loop import train_step
 from derkit.training.objectives import Objective, make_regularizer
 from experiments import suites
 from scripts import measure_cost

@@ -9,10 +9,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import derkit
 from derkit import checkpoint
 from derkit.checkpoint import load_checkpoint, load_model, load_state, save_checkpoint, state_hash
+from derkit.data import load_dataset
+from derkit.diagnosis.evaluation import accuracy, predict, robust_accuracy
 from derkit.models import build_model, describe
-from derkit.util import CheckpointError
+from derkit.util import CheckpointError, DerkitError
 
 
 class Own(nn.Module):

@@ -39,7 +39,7 @@ def test_the_shipped_extractor(judge, mini):
     assert variances(judge.net, mini.train.floats(0, 500)) == pytest.approx([1, 1], rel=0.15)
     before = dict(package.registry.FEATURE_EXTRACTORS_REGISTRY)
     assert extractor_for("fashion_mini").name == judge.name, "registered twice: nothing happens"
-    assert package.registry.FEATURE_EXTRACTORS_REGISTRY == before
+    assert before == package.registry.FEATURE_EXTRACTORS_REGISTRY
 
 
 def test_only_an_extractor_judges(tmp_path, trained):

@@ -14,6 +14,7 @@ import torch  # noqa: E402
 
 from derkit import plots  # noqa: E402
 from derkit.diagnosis.overfitting import co_alarms  # noqa: E402
+from derkit.models import build_model  # noqa: E402
 from derkit.records import load_records, records_folder  # noqa: E402
 from derkit.util import DerkitError  # noqa: E402
 from scripts import make_figures  # noqa: E402
@@ -49,6 +50,8 @@ FIGURES = {  # function: arguments
     "overfitting_curves ro": lambda: [{"a": runs("pgd")[0], "b": runs("pgd")[1]}, "ro"],
     "signal_curves": lambda: [runs("fgsm")[0], co_alarms(runs("fgsm")[0])],
     "compare_runs": lambda: [{"a": runs("fgsm"), "b": runs("n_fgsm")[:1]}, "valid_pgd", "PGD"],
+    "filters": lambda: [{"m": build_model("one_layer", 3, 10, 8), "n": build_model(
+        "one_layer", 3, 10, 8, filters=2)}],
     "scoreboard": lambda: [{"toy": bars.rename(columns=lambda c: c.replace("pgd", "aa")).assign(
         **{"aa min": 0.3, "aa max": 0.5})}],
     "alarm_leads": lambda: [{"toy": co_alarms(runs("fgsm")[0])}],
@@ -106,5 +109,5 @@ def test_the_figures_of_the_repository_come_from_its_records(tmp_path, capsys, m
     committed = {path.name for path in records_folder().parent.glob("*.png")}
     assert {path.name for path in tmp_path.iterdir()} == committed
     skipped = capsys.readouterr().out.count("skipped")
-    drawn = len(make_figures.CURVES) + len(make_figures.BY_EPS) - skipped
-    assert drawn + 1 + 3 == len(committed), "curves, bars, and grids of samples"
+    drawn = len(make_figures.CURVES) - skipped
+    assert drawn + 2 + 3 == len(committed), "curves, scores, alarms, and grids of samples"

@@ -6,7 +6,6 @@ import json
 import math
 from dataclasses import replace
 
-import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -143,7 +142,7 @@ def test_committed_records_are_read(name):
 
 def test_costs():
     costs = records.load_costs("co_fashion_mini")
-    assert costs["fgsm"] == 1 and costs["pgd-5"] > 2 and costs.name == "cost"
+    assert costs["fgsm"] == 1 and costs["pgd-10"] > 2 and costs.name == "cost"
 
 
 def test_labels_and_order_of_records(tmp_path):

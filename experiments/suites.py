@@ -191,7 +191,8 @@ def co_cifar100() -> list[Experiment]:
     """Catastrophic overfitting on 10,000 images of CIFAR-100, as on CIFAR-10: the rows that
     matter."""
     return one_layer("cifar10_co", (0, 1, 2), dataset="cifar100", rows=(
-        "fgsm", "rs_fgsm, published step", "rs_fgsm", "n_fgsm", "fgsm + der norm", "rs_fgsm + der norm", "fgsm + der ball"))
+        "fgsm", "rs_fgsm, published step", "rs_fgsm", "n_fgsm", "fgsm + der norm",
+        "rs_fgsm + der norm", "fgsm + der ball"))
 
 
 # ----------------------------------------------------------------------------- robust overfitting

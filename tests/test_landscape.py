@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch import nn
 
+from derkit.attacks import choose_targets
 from derkit.data import Split
 from derkit.diagnosis import landscape
+from derkit.diagnosis.evaluation import attack_split, pgd_attack, predict
 from derkit.models import build_model
 
 
@@ -57,5 +59,16 @@ def test_attack_energies_signs_and_table():
     assert list(table["attack"]) == list(landscape.STANDARD_ATTACKS)
     r = results[1]
     assert table["dE(x)"][1] == pytest.approx((r.E - r.E_adv).mean())
-    zero = landscape.attack_energies(model, split, 0.0, "PGD")
-    assert np.array_equal(zero.E, zero.E_adv)
+    targeted = "PGD to least likely"
+    assert table["attack"][table["reached"].notna()].tolist() == [targeted]
+    zero = landscape.attack_energies(model, split, 0.0, targeted)
+    assert np.array_equal(zero.E, zero.E_adv) and not zero.reached.any()
+
+
+def test_which_targets_are_reached(trained, tiny):
+    part = tiny.test.take(slice(32))
+    goal = choose_targets(predict(trained, part), part.labels, "least_likely")
+    attack = pgd_attack(0.3, steps=20, targeted=True, targets="least_likely")
+    expected = attack_split(trained, part, attack)[1].argmax(1) == goal
+    found = landscape.attack_energies(trained, part, 0.3, "PGD to least likely").reached
+    assert found.any() and np.array_equal(found, expected.numpy())

@@ -98,9 +98,22 @@ def test_quantities_of_an_epoch(finished):
     wanted |= {f"probe_{name}" for name in measured + energies}
     wanted |= {f"valid_{name}" for name in measured} | {"E_lin"}
     row = read_lines(finished.folder / "metrics.jsonl")[0]
+    assert -1 <= row["align"] <= 1 and -1 <= row["cos"] <= 1
     assert wanted <= set(row) and row["valid_loss"] < row["valid_pgd_loss"]
     shares = [k for k in row if k.endswith(("_clean", "_fgsm", "_pgd", "_acc", "_aae"))]
     assert all(0 <= row[name] <= 1 for name in shares)
+
+
+def test_pert_align_of_the_probe(tiny, config):
+    """cos(grad at the attack's start, grad at x*): FGSM starts at x."""
+    run = train(config(method="fgsm", epochs=1, eps=0.2, precision="fp64"), tiny, verbose=False)
+    model, probe = run.model(), tiny.train.take(slice(run.config["train"]["probe_size"]))
+    x, y = probe.floats(dtype=torch.float64), probe.labels
+    points = x, attacks.fgsm(model, x, y, 0.2)
+    a, b = (attacks.input_gradient(model, z, lambda f: torch.nn.functional.cross_entropy(
+        f, y, reduction="none"))[0].flatten(1) for z in points)
+    by_hand = ((a * b).sum(1) / a.norm(dim=1) / b.norm(dim=1)).mean().item()
+    assert run.epochs["align"].iloc[0] == pytest.approx(by_hand, abs=1e-5)
 
 
 def test_final_record(finished, tiny):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from derkit import energy
-from derkit.attacks import attack_mode
+from derkit.attacks import attack_mode, choose_targets
 from derkit.data import Split
 from derkit.diagnosis.evaluation import attack_split, pgd_attack, predict
 
@@ -43,6 +43,7 @@ class AttackEnergies:
     Ey: np.ndarray
     Ey_adv: np.ndarray
     fooled: np.ndarray  # bool
+    reached: np.ndarray | None = None  # bool, attacks to the least likely class: did they get there
 
     @property
     def dE(self) -> np.ndarray:
@@ -66,14 +67,20 @@ def attack_energies(model: nn.Module, split: Split, eps: float, attack: str = "P
     _, adv = attack_split(model, split, pgd_attack(eps, **options), seed)
     marginal = [_array(energy.marginal_energy(logits)) for logits in (nat, adv)]
     joint = [_array(energy.joint_energy(logits, split.labels)) for logits in (nat, adv)]
-    fooled = (adv.argmax(1) != split.labels).cpu().numpy()
-    return AttackEnergies(attack, eps, *marginal, *joint, fooled)
+    found, reached = adv.argmax(1), None
+    if options.get("targeted") and options.get("targets") == "least_likely":
+        goal = choose_targets(nat, split.labels, "least_likely")
+        reached = (found == goal).cpu().numpy()
+    fooled = (found != split.labels).cpu().numpy()
+    return AttackEnergies(attack, eps, *marginal, *joint, fooled, reached)
 
 
 def energy_table(results: Sequence[AttackEnergies]) -> pd.DataFrame:
-    """A row an attack: fooled share, mean dE(x), dE(x, y), shares of images whose energy fell."""
+    """A row an attack: shares fooled and moved to the target (NaN without a known one), mean dE(x),
+    dE(x, y), shares of images whose energy fell."""
     return pd.DataFrame([
-        {"attack": r.attack, "eps": r.eps, "fooled": r.fooled.mean(), "dE(x)": r.dE.mean(),
+        {"attack": r.attack, "eps": r.eps, "fooled": r.fooled.mean(),
+         "reached": np.nan if r.reached is None else r.reached.mean(), "dE(x)": r.dE.mean(),
          "dE(x,y)": r.dEy.mean(), "E(x) lowered": (r.dE > 0).mean(),
          "E(x,y) lowered": (r.dEy > 0).mean()}
         for r in results])

@@ -70,12 +70,6 @@ def trades_decomposition(logits: Tensor, logits_adv: Tensor) -> tuple[Tensor, Te
     return conditional + marginal, conditional, marginal
 
 
-def energy_linearity(logits: Tensor, logits_mid: Tensor, logits_adv: Tensor, u: Tensor) -> Tensor:
-    """(E(x_u) - (1-u) E(x) - u E(x*))^2 at x_u = x + u (x* - x): the bump on the attack path."""
-    chord = (1 - u) * marginal_energy(logits) + u * marginal_energy(logits_adv)
-    return (marginal_energy(logits_mid) - chord).square()
-
-
 def loss_linearity(logits_a: Tensor, logits_c: Tensor, logits_b: Tensor, u: Tensor,
                    labels: Tensor) -> Tensor:
     """E_lin of ELLE (OpenReview SZzQz8ikwg): (l(x_c) - (1-u) l(x_a) - u l(x_b))^2 at

@@ -102,7 +102,7 @@ def test_the_folder_of_a_run_names_what_decides_it(mini):
     config = TrainConfig.make(regularizer="der", method="fgsm", eps="0.2")
     folder = run_folder(config, mini)
     assert folder.parent == records.runs_folder()
-    assert folder.name.startswith("fashion_mini-fgsm-der-segment-eps0.2-s0-")
+    assert folder.name.startswith("fashion_mini-fgsm-der-norm-eps0.2-s0-")
     others = [run_folder(config.change(epochs=3), mini), run_folder(config, mini, "own"),
               run_folder(config, replace(mini, sha256="x"))]
     assert len({folder, *others}) == 4

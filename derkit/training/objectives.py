@@ -169,8 +169,9 @@ def make_regularizer(config: TrainConfig, model: nn.Module) -> DER | ELLE | Grad
         return None
     if config.regularizer == "gradalign":
         return GradAlign(config, model)
-    return AAER() if config.regularizer == "aaer" else dict(der=DER, elle=ELLE)[
-        config.regularizer](config)
+    if config.regularizer == "aaer":
+        return AAER()
+    return DER(config) if config.regularizer == "der" else ELLE(config)
 
 
 def weight_at(config: TrainConfig, progress: float) -> float:

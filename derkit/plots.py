@@ -76,17 +76,6 @@ def _line(axis: plt.Axes, i: int, label: str, x: Any, y: Any, *band: Any) -> Non
         axis.fill_between(x, *band, color=COLORS[i], alpha=0.15)
 
 
-def _bars(axis: plt.Axes, table: pd.DataFrame, columns: Names, turn: int) -> None:
-    """A group of bars per row, a bar per column, error bars from 'NAME min' and 'NAME max'."""
-    width = 0.8 / len(columns)
-    for i, name in enumerate(columns):
-        at = np.arange(len(table)) + (i - (len(columns) - 1) / 2) * width
-        ends = table.filter([f"{name} min", f"{name} max"]).sub(table[name], axis=0).abs()
-        axis.bar(at, table[name], width, label=name, hatch=["", "///", "...", "xx"][i % 4],
-                 color=COLORS[i], edgecolor="0.2", yerr=ends.T if ends.size else None, capsize=3)
-    axis.set_xticks(range(len(table)), table.index, rotation=turn, ha="right")
-
-
 def overfitting_curves(runs: Mapping[str, Run], kind: str = "co", save: Save = None) -> None:
     """Accuracy and dE over epochs, a column per run; kind 'co' marks the onset, 'ro' the best."""
     parts, size = pick("kind", kind, CURVES), (4.6 * len(runs), 5.2)
@@ -124,15 +113,6 @@ def signal_curves(run: Run, alarms: pd.DataFrame, save: Save = None) -> None:
         axes[0].set_ylabel("value")
 
 
-def compare_runs(groups: Mapping[str, list], column: str, ylabel: str, save: Save = None) -> None:
-    """A recorded column over epochs: a line per method, its mean over seeds, with the range."""
-    with _panels(save, 6.2, 3.6, xlabel="epoch", ylabel=ylabel) as (axis,):
-        for i, (name, runs) in enumerate(groups.items()):
-            rows = pd.concat([r.epochs.set_index("epoch")[column] for r in runs], axis=1)
-            label = f"{name} ({len(runs)} seed{'s' * (len(runs) > 1)})"
-            _line(axis, i, label, rows.index, *rows.T.agg(["mean", "min", "max"]).to_numpy())
-
-
 def scoreboard(tables: Mapping[str, pd.DataFrame], save: Save = None) -> None:
     """Clean and AutoAttack accuracy of every row of result tables (`overfitting.summary`), a panel
     per data set, the most robust row on top; error bars: the range over seeds."""
@@ -165,12 +145,6 @@ def alarm_leads(tables: Mapping[str, pd.DataFrame], save: Save = None) -> None:
                               va="center")
             axis.set_yticks(range(table["signal"].nunique()), table["signal"].unique())
             axis.axvline(0, **ONSET)
-
-
-def result_bars(table: pd.DataFrame, columns: Names, save: Save = None) -> None:
-    """Bars of a result table (index: methods), with the ranges 'NAME min' to 'NAME max'."""
-    with _panels(save, 1.3 + 1.2 * len(table), 3.4, ylabel="accuracy") as (axis,):
-        _bars(axis, table, columns, turn=20)
 
 
 def energy_histograms(panels: Mapping[str, list], key: str = "E", save: Save = None) -> None:
@@ -370,6 +344,11 @@ def class_bars(per_class: pd.DataFrame, column: str, sets: Names, save: Save = N
     """One column of the per-class table as grouped bars."""
     table = pd.DataFrame({name: per_class.loc[name][column] for name in sets})
     with _panels(save, 1.5 + 0.75 * len(table), 3.2, ylabel=column) as (axis,):
-        _bars(axis, table, sets, turn=30)
+        width = 0.8 / len(sets)
+        for i, name in enumerate(sets):
+            at = np.arange(len(table)) + (i - (len(sets) - 1) / 2) * width
+            axis.bar(at, table[name], width, label=name, hatch=["", "///", "...", "xx"][i % 4],
+                     color=COLORS[i], edgecolor="0.2")
+        axis.set_xticks(range(len(table)), table.index, rotation=30, ha="right")
         above = dict(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
         axis.legend(fontsize=8, ncols=len(sets), **above)

@@ -49,13 +49,11 @@ FIGURES = {  # function: arguments
     "overfitting_curves": lambda: [{"fgsm": runs("fgsm")[0]}],
     "overfitting_curves ro": lambda: [{"a": runs("pgd")[0], "b": runs("pgd")[1]}, "ro"],
     "signal_curves": lambda: [runs("fgsm")[0], co_alarms(runs("fgsm")[0])],
-    "compare_runs": lambda: [{"a": runs("fgsm"), "b": runs("n_fgsm")[:1]}, "valid_pgd", "PGD"],
     "filters": lambda: [{"m": build_model("one_layer", 3, 10, 8), "n": build_model(
         "one_layer", 3, 10, 8, filters=2)}],
     "scoreboard": lambda: [{"toy": bars.rename(columns=lambda c: c.replace("pgd", "aa")).assign(
         **{"aa min": 0.3, "aa max": 0.5})}],
     "alarm_leads": lambda: [{"toy": co_alarms(runs("fgsm")[0])}],
-    "result_bars": lambda: [bars, ["clean", "pgd"]],
     "energy_histograms": lambda: [{"m": [attack, attack], "n": [attack]}, "Ey"],
     "energy_map": lambda: [{"m": attack, "n": attack}],
     "delta_by_strength": lambda: [pd.DataFrame(strength)],

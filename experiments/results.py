@@ -49,7 +49,7 @@ def chosen(label: str, run: Run) -> str:
     for name in (name for name in TUNED if name in options[0]):
         scaled = train["eps"] if name == "alpha" else 1
         unit = " eps" if name == "alpha" else ""
-        words.append(f"{SIGNS[name]} {train[name] / scaled:.3g}{unit}")
+        words.append(f"{SIGNS[name]} {train[name] / scaled:.4g}{unit}")
     return ", ".join(words) or "-"
 
 

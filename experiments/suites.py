@@ -163,7 +163,7 @@ def one_layer(preset: str, seeds: tuple[int, ...], rows: tuple[str, ...] = (),
     tune = partial(experiment, preset=preset, group="tune", seeds=(100, 101), common=common | dict(
         final_size=1, strong_size=0))
     test = partial(experiment, preset=preset, group="test", seeds=seeds, common=common | dict(
-        pgd50_size=1000, autoattack_size=500, judge_best=False))
+        pgd50_size=1000, autoattack_size=200, judge_best=False))
     options = settings(base.eps)
     options = {row: options[row] for row in rows or options}
     swept = {row: values for row, values in options.items() if len(values) > 1}

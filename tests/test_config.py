@@ -215,3 +215,18 @@ def test_choices_match_the_tables():
     choices = {name: set(get_args(f.annotation)) for name, f in TrainConfig.model_fields.items()}
     assert choices["model"] == {*MODELS, "custom"} and choices["norm"] == set(NORMS)
     assert choices["augment"] == set(AUGMENTATIONS)
+
+
+def test_the_reported_settings_of_der():
+    """What a third party reports of the paper: RS-DER, N-DER and DER on PGD-10."""
+    rs, n, at = map(TrainConfig.make, ("rs_der", "n_der", "der_at"))
+    for config, method, weight, step in ((rs, "rs_fgsm", 0.5, 10), (n, "n_fgsm", 0.1, 8)):
+        assert (config.method, config.strength, config.gamma) == (method, weight, 0)
+        assert config.step_size == pytest.approx(step / 255) and config.epochs == 50
+        assert config.variant == "norm" and config.masked
+    assert (at.method, at.steps, at.weight, at.gamma, at.start) == ("pgd", 10, 6, 0.2, 0.8)
+    assert at.variant == "norm" and not at.masked and at.epochs == 100
+    assert TrainConfig.make(regularizer="der").variant == "norm"
+    for bad in (dict(method="fgsm", q=0.5), dict(method="pgd", regularizer="aaer")):
+        with pytest.raises(DerkitError):
+            TrainConfig.make(**bad)

@@ -102,7 +102,7 @@ def test_every_row_of_a_collapse_is_tuned_alike():
         assert {one.config.final_size for one in tunes} == {1} and not any(
             one.config.strong_size + one.config.autoattack_size for one in tunes)
         assert {one.config.eval_size for one in found} == {1000}
-        assert {one.config.autoattack_size for one in tests.values()} == {500}
+        assert {one.config.autoattack_size for one in tests.values()} == {200}
 
 
 def test_order_of_runs_and_overrides(toy):

@@ -26,7 +26,7 @@ def test_rows_against_the_final_records(suite):
     found = [float(word.strip("[],")) for word in row["AutoAttack"].replace("±", "").split()]
     expected = [values.mean(), values.std() / len(values) ** 0.5, values.min(), values.max()]
     assert found == pytest.approx(expected, abs=6e-4)
-    assert {run.final["last"]["aa_images"] for run in runs} == {500}
+    assert {run.final["last"]["aa_images"] for run in runs} == {200}
     assert row["collapsed"] == f"{sum(co_onset(run) is not None for run in runs)} of {len(runs)}"
     robust = [float(text.split()[0]) for text in table["AutoAttack"]]
     assert robust == sorted(robust, reverse=True)

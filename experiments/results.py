@@ -16,13 +16,12 @@ import pandas as pd
 
 from derkit.diagnosis.overfitting import alarm_summary, co_onset, robust_overfitting
 from derkit.records import Run, load_costs, load_records, records_folder, title
-from derkit.util import read_json
 from experiments.claims import counts, scorecard
 from experiments.suites import TUNED, planned, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/results.md")
-BLOCK = re.compile(r"(<!-- (\w+) ?([\w ]*) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (?!end )(\w+) ?([\w ]*) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 SIGNS = dict(weight="lambda", alpha="alpha", k="k", q="q")
 
 
@@ -138,27 +137,6 @@ def robust(suite: str) -> pd.DataFrame:
     return pd.DataFrame.from_dict(found, orient="index").rename_axis("method")
 
 
-def energies(folder: str) -> pd.DataFrame:
-    """dE(x) by strength: mean over images and seeds, with the range over seeds, at 20 steps; and
-    the shares of images fooled and moved to the target at the data set's eps."""
-    found = {}
-    for path in sorted((records_folder() / folder).glob("*.json")):
-        every = pd.DataFrame(read_json(path)["rows"])
-        every = every[every["steps"] == 20]
-        for (model, attack), part in every.groupby(["model", "attack"], sort=False):
-            cells = {}
-            for radius, rows in part.groupby("radius"):
-                values = rows["dE(x)"]
-                cells[f"{radius:g} eps"] = (f"{values.mean():+.2f} [{values.min():+.2f}, "
-                                            f"{values.max():+.2f}]")
-            one = part[part["radius"] == 1]
-            cells["fooled"] = f"{one['fooled'].mean():.2f}"
-            cells["at the target"] = "-" if one["reached"].isna().any() else (
-                f"{one['reached'].astype(float).mean():.2f}")
-            found[f"{path.stem}, {model}, {attack}"] = cells
-    return pd.DataFrame.from_dict(found, orient="index").rename_axis("data, network, attack")
-
-
 def claims(*suites: str) -> pd.DataFrame:
     """The verdict of every claim of the suites."""
     table = scorecard(suites)
@@ -172,7 +150,7 @@ def verdicts() -> pd.DataFrame:
 
 
 TABLES = dict(rows=rows, tuning=tuning, alarms=alarms, collapses=collapses, robust=robust,
-              energies=energies, claims=claims, verdicts=verdicts)
+              claims=claims, verdicts=verdicts)
 
 
 def render(text: str) -> str:

@@ -1,8 +1,8 @@
-"""The tables of docs/results.md and README.md, written from the records.
+"""The tables of docs/results.md, written from the records.
 
     python -m experiments.results
 
-Text stays; what stands between '<!-- TABLE ARGUMENTS -->' and '<!-- end -->' is replaced.
+Text stays; what stands between '<!-- TABLE SUITES -->' and '<!-- end -->' is replaced.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from experiments.claims import counts, scorecard
 from experiments.suites import TUNED, planned, settings
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/results.md")
-BLOCK = re.compile(r"(<!-- (?!end )(\w+) ?([\w ]*) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+PAGE = ROOT / "docs" / "results.md"
 SIGNS = dict(weight="lambda", alpha="alpha", k="k", q="q")
 
 
@@ -151,6 +150,7 @@ def verdicts() -> pd.DataFrame:
 
 TABLES = dict(rows=rows, tuning=tuning, alarms=alarms, collapses=collapses, robust=robust,
               claims=claims, verdicts=verdicts)
+BLOCK = re.compile(rf"(<!-- ({'|'.join(TABLES)}) ?([\w ]*) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 def render(text: str) -> str:
@@ -166,10 +166,9 @@ def render(text: str) -> str:
 
 
 def main() -> None:
-    for page in PAGES:
-        text = (ROOT / page).read_text()
-        (ROOT / page).write_text(render(text))
-        print(f"{page}: {len(BLOCK.findall(text))} tables")
+    text = PAGE.read_text()
+    PAGE.write_text(render(text))
+    print(f"{PAGE}: {len(BLOCK.findall(text))} tables")
 
 
 if __name__ == "__main__":

@@ -58,9 +58,9 @@ def test_library_example_of_the_readme_runs(monkeypatch, capsys):
     """As printed, on a run of one epoch and few images."""
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     make = TrainConfig.make
-    toy = dict(epochs=1, train_size=200, width=4, eval_size=32, probe_size=16, final_size=32)
-    toy |= dict(strong_size=0, precision="fp32")
-    monkeypatch.setattr(derkit.TrainConfig, "make", lambda **options: make(**(options | toy)))
+    toy = dict(epochs=3, train_size=1000, eval_size=32, probe_size=16, final_size=32, strong_size=0)
+    monkeypatch.setattr(derkit.TrainConfig, "make",
+                        lambda preset, **options: make(preset, **(options | toy)))
     names: dict = {}
     exec(compile(ast.parse(code), "README", "exec"), names)
     assert names["dE"].shape == names["penalty"].shape == (200,)

@@ -126,8 +126,8 @@ def scoreboard(tables: Mapping[str, pd.DataFrame], save: Save = None) -> None:
                 axis.barh(at + 0.2 - 0.4 * i, table[name], 0.4, xerr=ends.T, capsize=2, label=word,
                           color=COLORS[i], hatch=["", "///"][i], edgecolor="0.2")
             axis.set_yticks(at, [records.title(name) for name in table.index])
-            axis.set_xlim(0, 1)
-        axes[0].legend(loc="center right", fontsize=8)
+            axis.set_ylim(-0.7, len(table) + 0.5)
+        axes[0].legend(loc="upper right", ncols=2, fontsize=8)
 
 
 def alarm_leads(tables: Mapping[str, pd.DataFrame], save: Save = None) -> None:

@@ -102,23 +102,30 @@ def planned(name: str, overrides: dict[str, Any] | None = None) -> list[Experime
             changed = config.hash() != plain.hash()
             suite = f"{name}-changed" if changed else name
             runs.append(replace(e, config=config, suite=suite, order=order, changed=changed))
-    return [resolve(run, runs) for run in runs]
+    values = {sweep: chosen(sweep, runs) for sweep in {run.sweep for run in runs}}
+    return [resolve(run, runs, values[run.sweep]) for run in runs]
 
 
-def resolve(run: Experiment, runs: list[Experiment]) -> Experiment:
-    """The run with the settings that its sweep chose; unchanged while a run of it is missing."""
-    sweep: dict[str, list[Experiment]] = {}
-    for other in runs:
-        if fnmatchcase(other.label, run.sweep):
-            sweep.setdefault(other.label, []).append(other)
-    sweep = {label: part for label, part in sweep.items() if not any(p.diverged for p in part)}
-    reached = {label: [p.finished(p.records) for p in part] for label, part in sweep.items()}
-    if not sweep or not all(record for part in reached.values() for record in part):
-        return run
+def chosen(sweep: str, runs: list[Experiment]) -> dict[str, Any]:
+    """The settings that a sweep chose; none while a run of it is missing."""
+    tried: dict[str, list[Experiment]] = {}
+    for run in runs:
+        if fnmatchcase(run.label, sweep):
+            tried.setdefault(run.label, []).append(run)
+    tried = {label: part for label, part in tried.items() if not any(p.diverged for p in part)}
+    reached = {label: [p.finished(p.records) for p in part] for label, part in tried.items()}
+    if not tried or not all(record for part in reached.values() for record in part):
+        return {}
     best = max(reached, key=lambda label: np.mean(
         [record.epochs["valid_pgd"].tail(3).mean() for record in reached[label]]))
-    chosen = {name: getattr(sweep[best][0].config, name) for name in TUNED}
-    return replace(run, config=run.config.change(**chosen), sweep="")
+    return {name: getattr(tried[best][0].config, name) for name in TUNED}
+
+
+def resolve(run: Experiment, runs: list[Experiment],
+            values: dict[str, Any] | None = None) -> Experiment:
+    """The run with the settings that its sweep chose (``values``: those, if they are known)."""
+    values = chosen(run.sweep, runs) if values is None else values
+    return replace(run, config=run.config.change(**values), sweep="") if values else run
 
 
 def experiment(label: str, preset: str, common: dict[str, Any], *, group: str = "",

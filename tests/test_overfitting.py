@@ -140,12 +140,12 @@ def test_robust_overfitting_gap_and_onset(tmp_path):
 
 # -------------------------------------------------------------------------------- committed records
 def test_committed_collapse():
-    """FGSM collapses in every seed of co_fashion_mini, and PGD training in none."""
+    """Two of three FGSM runs of co_fashion_mini collapse, no run of PGD training does."""
     groups = load_records("co_fashion_mini")
     table = summary({name: runs for name, runs in groups.items() if ":" not in name})
-    assert table.loc["fgsm", "collapsed"] == table.loc["fgsm", "runs"] >= 3
+    assert table.loc["fgsm", "runs"] == 3 and table.loc["fgsm", "collapsed"] == 2, "one never rose"
     assert table.loc["pgd-10", "collapsed"] == 0
-    assert (table["strong min"] <= table["strong"]).all() and table.loc["fgsm", "strong"] < 0.15
+    assert (table["strong min"] <= table["strong"]).all() and table.loc["fgsm", "strong"] < 0.1
 
 
 def test_committed_robust_overfitting():

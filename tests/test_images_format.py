@@ -52,7 +52,8 @@ def test_the_backward_pass_stays_alive():
 
 
 def test_rule():
-    """On a CPU: few filters, or a strided 1x1 convolution of few channels, stay contiguous."""
+    """On a CPU: few filters, a strided 1x1 convolution of few channels, or a single convolution
+    stay contiguous."""
     last, contiguous = torch.channels_last, torch.contiguous_format
     expected = {4: contiguous, 7: contiguous, 8: last, 16: last}
     for width, memory in expected.items():
@@ -60,6 +61,7 @@ def test_rule():
         assert images_format(model) == memory, width
     for layer, memory in ((nn.Conv2d(3, 64, 1, stride=2), contiguous),
                           (nn.Conv2d(3, 64, 3, stride=2), last), (nn.Conv2d(3, 64, 1), last),
-                          (nn.Conv2d(8, 8, 1, stride=2), last), (nn.Conv2d(64, 7, 3), contiguous),
-                          (nn.Linear(3, 3), contiguous)):
-        assert images_format(layer) == memory, layer
+                          (nn.Conv2d(8, 8, 1, stride=2), last), (nn.Conv2d(64, 7, 3), contiguous)):
+        assert images_format(nn.Sequential(layer, nn.Conv2d(16, 16, 3))) == memory, layer
+        assert images_format(layer) == contiguous, layer
+    assert images_format(nn.Linear(3, 3)) == contiguous

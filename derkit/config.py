@@ -268,7 +268,7 @@ _TRADES = _CIFAR | dict(method="trades", epochs=100, normalize=False)
 PRESETS = {
     "fashion_mini": Preset("bundled data, small net, float64: same digits on every CPU", _MINI),
     "fashion_co": Preset("bundled data, one layer, FGSM: it collapses within a minute", _CO),
-    "cifar10_co": Preset("10,000 images of CIFAR-10, one layer, FGSM: it collapses", _CO_CIFAR),
+    "cifar10_co": Preset("10,000 images of CIFAR-10, one layer of 16 filters, FGSM", _CO_CIFAR),
     "fashion_ro": Preset("bundled data, PGD on few images: robust overfitting", _RO),
     "fashion_mnist": Preset("full data", dict(dataset="fashion_mnist", width=16, epochs=15)),
     "cifar10": Preset("PreActResNet-18, 30 epochs, LR 0.2 (Wong et al. 2020, N-FGSM 2022)", _FAST),
@@ -277,8 +277,7 @@ PRESETS = {
     "gradalign2020": Preset("FGSM + GradAlign, no normaliser (arXiv 2007.02617)", _ALIGN),
     "rice2020": Preset("PGD-10, 200 epochs, LR / 10 at 50 % and 75 % (arXiv 2002.11569)", _RICE),
     "rs_der": Preset("RS-FGSM + DER, as a third party reports", _FAST | _DER | {"weight": 0.5}),
-    "n_der": Preset("N-FGSM + DER, as a third party reports",
-                    _FAST | _DER | dict(method="n_fgsm", weight=0.1)),
+    "n_der": Preset("N-FGSM + DER, likewise", _FAST | _DER | dict(method="n_fgsm", weight=0.1)),
     "der_at": Preset("PGD-10, DER in the final fifth, as a third party reports", _RICE | _DER_AT),
     "trades2019": Preset("TRADES, beta 6, 100 epochs (recipe of arXiv 2407.06315)", _TRADES),
     "weat2024": Preset("TRADES weighed by energy (arXiv 2407.06315)", _TRADES | {"method": "weat"}),

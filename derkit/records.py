@@ -19,7 +19,7 @@ import torchvision
 from torch import nn
 
 from derkit.checkpoint import load_model
-from derkit.config import TrainConfig
+from derkit.config import VARIANT_NAMES, TrainConfig
 from derkit.data import Dataset
 from derkit.util import DerkitError, atomic_write, home, nearest, pick, read_json, to_json
 
@@ -146,16 +146,20 @@ def load_records(name: str, root: Path | None = None) -> dict[str, list[Run]]:
     return groups
 
 
+def load_tested(name: str) -> dict[str, list[Run]]:
+    """`load_records` without the settings that were only tried, whose labels hold a ': '."""
+    return {label: runs for label, runs in load_records(name).items() if ": " not in label}
+
+
 WORDS = dict(fgsm="FGSM", rs_fgsm="RS-FGSM", n_fgsm="N-FGSM", zerograd="ZeroGrad", pgd="PGD",
              trades="TRADES", weat="WEAT", der="DER", gradalign="GradAlign", elle="ELLE",
-             aaer="AAER", standard="standard")
-FORMS = ("norm", "marginal", "segment", "ball")
+             aaer="AAER")
 
 
 def title(label: str) -> str:
     """A label as people say it: 'n_fgsm + der norm' -> 'N-FGSM + DER (norm)'."""
     words = re.sub(r"[a-z_]+", lambda word: WORDS.get(word[0], word[0]), label)
-    return re.sub(rf"DER ({'|'.join(FORMS)})", r"DER (\1)", words)
+    return re.sub(rf"DER ({'|'.join(VARIANT_NAMES)})", r"DER (\1)", words)
 
 
 def load_costs(name: str, root: Path | None = None) -> pd.Series:

@@ -15,19 +15,13 @@ import numpy as np
 import pandas as pd
 
 from derkit.diagnosis.overfitting import alarm_summary, co_onset, robust_overfitting
-from derkit.records import Run, load_costs, load_records, records_folder, title
+from derkit.records import Run, load_costs, load_records, load_tested, records_folder, title
 from experiments.claims import counts, scorecard
-from experiments.suites import TUNED, planned, settings
+from experiments.suites import TUNED, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
 SIGNS = dict(weight="lambda", alpha="alpha", k="k", q="q")
-
-
-def tested(suite: str) -> dict[str, list[Run]]:
-    """The finished runs of a suite that were judged on test images, by label."""
-    labels = {run.label for run in planned(suite) if run.group in ("", "test")}
-    return {label: runs for label, runs in load_records(suite).items() if label in labels}
 
 
 def cell(values: Sequence[float], spread: bool = False) -> str:
@@ -62,7 +56,7 @@ def markdown(table: pd.DataFrame) -> str:
 def rows(suite: str) -> pd.DataFrame:
     """Every row of a suite, the most robust first."""
     costs, found = load_costs(suite), {}
-    for label, runs in tested(suite).items():
+    for label, runs in load_tested(suite).items():
         last = pd.DataFrame([run.final["last"] for run in runs])
         collapsed = sum(co_onset(run) is not None for run in runs)
         found[title(label)] = {
@@ -96,7 +90,7 @@ def alarms(*suites: str) -> pd.DataFrame:
     """Lead time and false alarms of every signal, a row per data set and signal."""
     parts = []
     for suite in suites:
-        runs = [run for group in tested(suite).values() for run in group]
+        runs = [run for group in load_tested(suite).values() for run in group]
         parts.append(alarm_summary(runs).assign(suite=suite))
     table = pd.concat(parts).set_index("signal").rename_axis("signal")
     table["median lead"] = [f"{lead:.0f}" if np.isfinite(lead) else "-"
@@ -106,26 +100,26 @@ def alarms(*suites: str) -> pd.DataFrame:
 
 def collapses(*suites: str) -> pd.DataFrame:
     """What became of dE(x) in every run that collapsed: mean under PGD, validation images."""
-    found = {}
+    found = []
     for suite in suites:
-        for label, runs in tested(suite).items():
-            for run in runs:
-                if onset := co_onset(run):
+        for label, runs in load_tested(suite).items():
+            for run, onset in ((run, co_onset(run)) for run in runs):
+                if onset:
                     moved, aae = (run.epochs[name] for name in ("valid_pgd_dE", "train_aae"))
-                    before = max(onset.epoch - 4, 0)
-                    found[f"{title(label)}, seed {run.config['train']['seed']}"] = {
+                    found.append({
+                        "run": f"{title(label)}, seed {run.config['train']['seed']}",
                         "suite": suite, "onset": onset.epoch,
-                        "dE(x) before": f"{moved[before]:+.2f}",
+                        "dE(x) 3 epochs before": f"{moved[max(onset.epoch - 4, 0)]:+.2f}",
                         "at onset": f"{moved[onset.epoch - 1]:+.2f}",
                         "at the end": f"{moved.iloc[-1]:+.2f}",
-                        "AAE at the end": f"{aae.iloc[-1]:.2f}"}
-    return pd.DataFrame.from_dict(found, orient="index").rename_axis("run")
+                        "AAE at the end": f"{aae.iloc[-1]:.2f}"})
+    return pd.DataFrame(found).set_index("run")
 
 
 def robust(suite: str) -> pd.DataFrame:
     """Best against last epoch of long PGD training."""
     found = {}
-    for label, runs in tested(suite).items():
+    for label, runs in load_tested(suite).items():
         ends = {name: pd.DataFrame([run.final[name] for run in runs]) for name in ("best", "last")}
         gaps = [robust_overfitting(run).gap for run in runs]
         found[title(label)] = {
@@ -154,10 +148,11 @@ BLOCK = re.compile(rf"(<!-- ({'|'.join(TABLES)}) ?([\w ]*) -->\n).*?(?=<!-- end 
 
 
 def render(text: str) -> str:
-    """A page with its tables written anew; those of suites without records stay empty."""
+    """A page with its tables written anew; those of suites without tested runs stay empty."""
 
     def block(match: re.Match) -> str:
-        suites = [name for name in match[3].split() if (records_folder() / name).is_dir()]
+        suites = [name for name in match[3].split()
+                  if (records_folder() / name).is_dir() and load_tested(name)]
         if match[3] and not suites:
             return f"{match[1]}Not run yet.\n\n"
         return f"{match[1]}{markdown(TABLES[match[2]](*suites))}\n"

@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 from derkit import plots  # noqa: E402
 from derkit.data import SPECS  # noqa: E402
 from derkit.diagnosis.overfitting import co_alarms, summary  # noqa: E402
-from derkit.records import load_records, records_folder, title  # noqa: E402
+from derkit.records import load_tested, records_folder, title  # noqa: E402
 
 ROWS = ("fgsm", "fgsm + der norm", "fgsm + der ball")
 CURVES = {  # file: suite, kind of overfitting, runs (the first seed of each)
@@ -35,9 +35,8 @@ GRIDS = {"generation_local_fashion_mini": "local PCA, quantile stop",
 
 
 def tested(suite: str) -> dict[str, list]:
-    """The suite's runs that were judged on test images, by label; none without records."""
-    groups = load_records(suite) if (records_folder() / suite).is_dir() else {}
-    return {label: runs for label, runs in groups.items() if ":" not in label}
+    """`load_tested`; nothing for a suite without records."""
+    return load_tested(suite) if (records_folder() / suite).is_dir() else {}
 
 
 def training(folder: Path) -> None:

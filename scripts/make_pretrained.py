@@ -15,7 +15,6 @@ from derkit.training.loop import train
 from derkit.util import pick
 
 FASHION = dict(preset="fashion_co", seed=0)
-CIFAR = dict(preset="cifar10_co", seed=0)
 MODELS = {
     "fashion-standard": FASHION | dict(method="standard"),
     "fashion-robust": FASHION | dict(method="pgd"),
@@ -38,7 +37,6 @@ def make(name: str) -> None:
     words = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in values.items())
     about = dict(data=f"{data.name}, {len(data.train)} images", eps=round(config.eps, 6),
                  command=f"derkit train {words}", images=len(test))
-    config = config.change(data_dir="")
     save_checkpoint(ASSETS / f"model-{name}.safetensors", model.half(), config.as_dict(),
                     **{key: round(value, 4) for key, value in measured.items()}, **about)
     print(name, measured)

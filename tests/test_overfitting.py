@@ -7,7 +7,7 @@ import pytest
 
 from derkit.diagnosis import overfitting
 from derkit.diagnosis.overfitting import first_alarm, should_stop, step_alarm, summary
-from derkit.records import Run, load_records
+from derkit.records import Run, load_records, load_tested
 
 
 def make_run(tmp_path, pgd, fgsm, train, aae, dE=None, cos=None, final=None, name="run"):
@@ -141,8 +141,7 @@ def test_robust_overfitting_gap_and_onset(tmp_path):
 # -------------------------------------------------------------------------------- committed records
 def test_committed_collapse():
     """Two of three FGSM runs of co_fashion_mini collapse, no run of PGD training does."""
-    groups = load_records("co_fashion_mini")
-    table = summary({name: runs for name, runs in groups.items() if ":" not in name})
+    table = summary(load_tested("co_fashion_mini"))
     assert table.loc["fgsm", "runs"] == 3 and table.loc["fgsm", "collapsed"] == 2, "one never rose"
     assert table.loc["pgd-10", "collapsed"] == 0
     assert (table["strong min"] <= table["strong"]).all() and table.loc["fgsm", "strong"] < 0.1

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from derkit.diagnosis.overfitting import co_onset
-from derkit.records import load_records, records_folder, title
+from derkit.records import load_records, load_tested, records_folder, title
 from experiments import results
 
 SUITES = sorted(path.name for path in records_folder().glob("co_*"))
@@ -45,12 +45,13 @@ def test_the_chosen_setting_is_the_best_on_validation_images(suite):
 def test_alarms_and_collapses_count_every_run():
     table = results.alarms(*SUITES)
     for suite in SUITES:
-        runs = [run for group in results.tested(suite).values() for run in group]
+        runs = [run for group in load_tested(suite).values() for run in group]
         part = table[table["suite"] == suite]
         bad, good = (part[name].str.partition(" of ")[2].astype(int)
                      for name in ("rang", "false alarms"))
         assert set(bad + good) == {len(runs)} and len(part) == 5
         collapsed = results.collapses(suite)
+        assert len(results.collapses(suite, suite)) == 2 * len(collapsed), "same labels, two suites"
         assert set(bad) == {len(collapsed)}
 
 

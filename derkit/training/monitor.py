@@ -86,8 +86,7 @@ def check_further(dataset: Dataset, config: TrainConfig) -> None:
 
 def lacking(known: dict[str, Any], dataset: Dataset, config: TrainConfig,
             best: bool = False) -> dict[str, Split]:
-    """What the config asks for (of the ``best`` epoch: or the last) and ``known`` has not, or on
-    fewer images: name -> test images."""
+    """What the config asks of this epoch and ``known`` has not, or on fewer: name -> images."""
     sizes = dict(images=config.final_size or len(dataset.test))
     if config.judge_best or not best:
         sizes |= dict(strong_images=config.strong_size, pgd50_images=config.pgd50_size,

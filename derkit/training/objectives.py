@@ -36,8 +36,7 @@ def aaer(start: Tensor, adv: Tensor, y: Tensor) -> Tensor:
 
     Over the n abnormal of m examples, from the logits at the attack's start (constants) to those
     at x*: CE_A is the mean fall of their loss, V_A the mean squared change of their logits, and V_N
-    (a constant, too) that of the normal ones. 2.5 and 1.5: the authors' settings for RS-FGSM. 0
-    where all or none are abnormal.
+    (a constant, too) that of the normal ones. 2.5, 1.5: the authors' for RS-FGSM. 0 if n is 0 or m.
     """
     start, adv = upcast(start).detach(), upcast(adv)
     chosen = abnormal_mask(start, adv, y).to(adv.dtype)

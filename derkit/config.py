@@ -173,6 +173,7 @@ class TrainConfig(Config):
     ema: Decay = option(0.0, "decay of a moving average of the weights, evaluated; 0 = off")
     eval_steps: Positive = option(10, "PGD steps after every epoch (published: 10)")
     eval_size: Positive = option(256, "validation images after every epoch")
+    eval_from: Decay = option(0.0, "share of training after which epochs are evaluated")
     probe_size: Positive = option(128, "training images to follow energies on (GradAlign: 256)")
     probe_every: Positive = option(1, "epochs between gradient cosine and E_lin")
     final_size: Count = option(1000, "test images at the end; 0 = all (published: 10000)")

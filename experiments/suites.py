@@ -142,36 +142,46 @@ def experiment(label: str, preset: str, common: dict[str, Any], *, group: str = 
 TUNED = ("weight", "alpha", "k", "q")  # fields that a sweep may choose
 
 
-def settings(eps: float) -> dict[str, list[dict[str, float]]]:
-    """Four settings a row, tried on validation images. FGSM has nothing to choose, and RS-FGSM
-    stands there at its published step, too, to which DER and AAER are added."""
+def settings(eps: float, wide: bool = False) -> dict[str, list[dict[str, float]]]:
+    """Four settings a row, tried on validation images, or three that lie further apart (``wide``).
+
+    FGSM has nothing to choose, and RS-FGSM stands there at its published step, too, to which DER
+    and AAER are added.
+    """
 
     def alphas(*factors: float, **more: float) -> list[dict[str, float]]:
         return [dict(alpha=round(factor * eps, 6), **more) for factor in factors]
 
+    steps = {"rs_fgsm": alphas(0.75, 1, 1.25, 1.5),
+             "n_fgsm": [*alphas(1, k=1), *alphas(0.75, 1, k=2), *alphas(1, k=3)],
+             "zerograd": [*alphas(1.25, 2, q=0.35), *alphas(1.25, 2, q=0.5)],
+             "pgd-10": alphas(0.125, 0.25, 0.5, 1)}
     weights = {"fgsm + der norm": (0.5, 1, 2, 4), "rs_fgsm + der norm": (0.25, 0.5, 1, 2),
                "n_fgsm + der norm": (0.1, 0.5, 1, 2), "fgsm + der ball": (2, 4, 8, 16),
                "fgsm + der segment": (4, 8, 16, 32), "fgsm + der marginal": (1, 2, 4, 8),
                "fgsm + elle": (10, 50, 250, 1000), "fgsm + gradalign": (0.5, 1, 2, 4),
                "rs_fgsm + aaer": (0.5, 1, 2, 4)}
-    return {"fgsm": [{}], "rs_fgsm, published step": [{}], "rs_fgsm": alphas(0.75, 1, 1.25, 1.5),
-            "n_fgsm": [*alphas(1, k=1), *alphas(0.75, 1, k=2), *alphas(1, k=3)],
-            "zerograd": [*alphas(1.25, 2, q=0.35), *alphas(1.25, 2, q=0.5)],
-            "pgd-10": alphas(0.125, 0.25, 0.5, 1),
+    if wide:
+        steps = {row: values[:3] for row, values in steps.items()}
+        weights = {"fgsm + der norm": (1, 4, 16), "rs_fgsm + der norm": (0.25, 1, 4),
+                   "fgsm + der ball": (2, 8, 32), "fgsm + elle": (50, 500, 5000),
+                   "fgsm + gradalign": (0.25, 1, 4), "rs_fgsm + aaer": (0.5, 2, 8)}
+    return {"fgsm": [{}], "rs_fgsm, published step": [{}], **steps,
             **{row: [dict(weight=value) for value in values] for row, values in weights.items()}}
 
 
-def one_layer(preset: str, seeds: tuple[int, ...], rows: tuple[str, ...] = (),
+def one_layer(preset: str, seeds: tuple[int, ...], rows: tuple[str, ...] = (), wide: bool = False,
               **common: Any) -> list[Experiment]:
-    """For every row its settings on two seeds, judged on validation images (group tune: a single
-    test image), then the chosen one on fresh seeds (group test), whose test images are looked at
-    once."""
+    """For every row its settings, judged on validation images after the last epochs (group tune: a
+    single test image), then the chosen one on fresh seeds (group test), whose test images are
+    looked at once. ``wide``: three settings on one seed instead of four on two."""
     base = TrainConfig.make(preset, **common)
-    tune = partial(experiment, preset=preset, group="tune", seeds=(100, 101), common=common | dict(
-        final_size=1, strong_size=0))
+    late = dict(eval_from=0.9) if wide else {}
+    tune = partial(experiment, preset=preset, group="tune", seeds=(100,) if wide else (100, 101),
+                   common=common | late | dict(final_size=1, strong_size=0))
     test = partial(experiment, preset=preset, group="test", seeds=seeds, common=common | dict(
         pgd50_size=1000, autoattack_size=200, judge_best=False))
-    options = settings(base.eps)
+    options = settings(base.eps, wide)
     options = {row: options[row] for row in rows or options}
     swept = {row: values for row, values in options.items() if len(values) > 1}
 
@@ -190,14 +200,14 @@ def co_fashion_mini() -> list[Experiment]:
 
 def co_cifar10() -> list[Experiment]:
     """Catastrophic overfitting on 10,000 images of CIFAR-10: one layer of 16 filters, eps 8/255,
-    30 epochs. Every row at the best of four settings on validation images, three seeds."""
-    return one_layer("cifar10_co", (0, 1, 2))
+    30 epochs. Every row at the best of three settings on validation images, three seeds."""
+    return one_layer("cifar10_co", (0, 1, 2), wide=True)
 
 
 def co_cifar100() -> list[Experiment]:
     """Catastrophic overfitting on 10,000 images of CIFAR-100, as on CIFAR-10: the rows that
     matter."""
-    return one_layer("cifar10_co", (0, 1, 2), dataset="cifar100", rows=(
+    return one_layer("cifar10_co", (0, 1, 2), wide=True, dataset="cifar100", rows=(
         "fgsm", "rs_fgsm, published step", "rs_fgsm", "n_fgsm", "fgsm + der norm",
         "rs_fgsm + der norm", "fgsm + der ball"))
 

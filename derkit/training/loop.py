@@ -389,12 +389,14 @@ def _fit(folder: Path, state: State, dataset: Dataset, say) -> None:
 def _close_epoch(folder: Path, state: State, dataset: Dataset, record: dict) -> dict[str, Any]:
     """Evaluate, keep the best on validation images, write; returns the epoch's whole record."""
     config, epoch = state.config, state.epoch + 1
-    row = dict(epoch=epoch) | monitor.epoch_evaluation(state.judged, dataset, config, epoch)
-    if not math.isfinite(row["valid_loss"]):
+    row = dict(epoch=epoch)
+    if epoch > config.eval_from * config.epochs:
+        row |= monitor.epoch_evaluation(state.judged, dataset, config, epoch)
+    if not math.isfinite(row.get("valid_loss", 0)):
         raise FloatingPointError(f"the validation loss is not finite after epoch {epoch}.")
     state.rows.append(row | record)
     with util.disk_errors(folder):
-        if row["valid_pgd"] > state.best:
+        if row.get("valid_pgd", -1) > state.best:
             state.best = row["valid_pgd"]
             _save_weights(folder / "best.safetensors", state)
         if config.keep_every and epoch % config.keep_every == 0:

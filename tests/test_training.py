@@ -227,6 +227,15 @@ def test_resume_after_a_kill_between_files(where, tiny, config, tmp_path, monkey
     assert ["cos" in row for row in rows] == [False, False, True, True]  # always in the last
 
 
+def test_epochs_before_eval_from_are_not_evaluated(tiny, config):
+    """The weights are the same; the best epoch is one of those that were evaluated."""
+    whole, late = (train(config(epochs=4, eval_from=share), tiny) for share in (0, 0.5))
+    rows = read_lines(late.folder / "metrics.jsonl")
+    assert ["valid_pgd" in row for row in rows] == [False, False, True, True]
+    assert all("train_loss" in row for row in rows) and late.final["best_epoch"] > 2
+    assert same(weights(whole), weights(late)) and late.final["last"] == whole.final["last"]
+
+
 def test_stop_on_co(tiny, config, monkeypatch, capsys):
     """The history is complete after a resume, and a stopped run does not go on."""
     c, seen = config(epochs=4, stop_on_co=True), []

@@ -53,9 +53,10 @@ def main(names: list[str]) -> None:
             reached["train_acc"] = run.epochs["train_acc"].iloc[-1]
             runs[f"{kind}, seed {seed}"] = reached
         rows = pd.concat(parts).round(4)
-        env = environment(choose_device("auto"), "fp32", "set in the script")
+        env = environment(choose_device("auto"), "fp32", "attacks in float64")
         write_json(records_folder() / "energy_views" / f"{name}.json", dict(
-            config=values | LATE | dict(kinds=KINDS, seeds=SEEDS), data_sha256=data.sha256, env=env, runs=runs,
+            config=values | LATE | dict(kinds=KINDS, seeds=SEEDS), data_sha256=data.sha256,
+            env=env, runs=runs,
             rows=rows.astype(object).where(rows.notna(), None).to_dict("records")))
         print(rows.groupby(["model", "attack", "radius", "steps"])["dE(x)"].mean().to_string())
 

@@ -22,7 +22,7 @@ project, author, project_copyright = "derkit", "the authors of derkit", "MIT lic
 release = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
 root_doc = "docs/index"
-include_patterns = ["*.md", "docs/**.md", "notebooks/*.ipynb"]
+include_patterns = ["README.md", "CONTRIBUTING.md", "docs/**.md", "notebooks/0*.ipynb"]
 
 nb_execution_mode = "off"  # pages show the outputs that the notebooks are stored with
 myst_enable_extensions = ["dollarmath"]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from html import escape
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -123,6 +126,35 @@ def check(name: str, passed: Any) -> None:
 def show(table: pd.DataFrame, digits: int = 3) -> None:
     """A table as text, with fixed digits."""
     print(_text(table, digits))
+
+
+def slider(draw: Callable[[Any], None], name: str, values: Sequence[Any], shown: int = 0) -> None:
+    """One picture for each value, behind a slider where a person sits at the notebook.
+
+    ``draw(value)`` leaves a pyplot figure open. All pictures are drawn beforehand, so that the
+    slider moves at once. Where nobody can move it (papermill, nbval: they let no cell ask for
+    input), or without ipywidgets, there is the picture of ``values[shown]`` alone.
+    """
+    from IPython import get_ipython
+    from IPython.display import display
+
+    asked = getattr(get_ipython(), "get_parent", dict)().get("content", {})
+    if not (asked.get("allow_stdin") and find_spec("ipywidgets")):
+        draw(values[shown])
+        plt.show()
+        return plt.close()
+    import ipywidgets
+
+    frames = []
+    for value in values:
+        draw(value)
+        plt.savefig(file := BytesIO(), format="png")
+        plt.close()
+        frames.append((f"{value:g}", file.getvalue()))
+    control = ipywidgets.SelectionSlider(description=name, options=frames, index=shown)
+    image = ipywidgets.Image(value=control.value, format="png")
+    ipywidgets.dlink((control, "value"), (image, "value"))
+    display(ipywidgets.VBox([control, image]))
 
 
 def say(text: str) -> None:

@@ -165,11 +165,14 @@ def energy_histograms(panels: Mapping[str, list], key: str = "E", save: Save = N
 
 
 def energy_map(panels: Mapping[str, landscape.AttackEnergies], save: Save = None) -> None:
-    """(E(x), E(x, y)) of natural and adversarial samples; on the diagonal the loss is 0."""
+    """(E(x), E(x, y)) of natural and adversarial samples; on the diagonal the loss is 0. Arrows
+    lead from x to x* for the first sixty."""
     with _panels(save, 4.4, 3.8, list(panels), xlabel="E(x)", ylabel="E(x, y)") as axes:
         for axis, r in zip(axes, panels.values(), strict=True):
             axis.scatter(r.E, r.Ey, s=8, c="0.55", marker="o", label="natural", alpha=0.6, lw=0)
             axis.plot(r.E_adv, r.Ey_adv, "x", c=COLORS[3], ms=3, mew=0.8, alpha=0.6, label=r.attack)
+            moves = [v[:60] for v in (r.E, r.Ey, r.E_adv - r.E, r.Ey_adv - r.Ey)]
+            axis.quiver(*moves, angles="xy", scale_units="xy", scale=1, width=0.003, alpha=0.5)
             ends = [min(r.E.min(), r.E_adv.min()), max(r.E.max(), r.E_adv.max())]
             axis.plot(ends, ends, color="0.1", lw=1, ls="--", label="CE = 0")
 
@@ -262,10 +265,11 @@ def sample_grid(x: Tensor, y: Tensor, names: Names, title: str = "", save: Save 
     _mosaic(save, rows, title=title, size=0.62)
 
 
-def compare_sets(sets: dict[str, Tensor], labels: Tensor, names: Names, save: Save = None) -> None:
+def compare_sets(sets: dict[str, Tensor], labels: Tensor, names: Names, save: Save = None,
+                 under: Names = ()) -> None:
     """The first ten images of each set (a model, an init, ...), the same samples in a column."""
     rows = [(name, images[:10]) for name, images in sets.items()]
-    _mosaic(save, rows, [names[c] for c in labels[:10].tolist()])
+    _mosaic(save, rows, [names[c] for c in labels[:10].tolist()], under)
 
 
 def start_and_result(samples: generate.Samples, names: Names, save: Save = None) -> None:

@@ -16,8 +16,9 @@ import pandas as pd
 
 from derkit.diagnosis.overfitting import alarm_summary, co_onset, robust_overfitting
 from derkit.records import Run, load_costs, load_records, load_tested, records_folder, title
+from derkit.util import read_json
 from experiments.claims import counts, scorecard
-from experiments.suites import TUNED, settings
+from experiments.suites import SUITES, TUNED, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
@@ -130,6 +131,24 @@ def robust(suite: str) -> pd.DataFrame:
     return pd.DataFrame.from_dict(found, orient="index").rename_axis("method")
 
 
+def energies(folder: str) -> pd.DataFrame:
+    """dE(x) by strength at 20 steps: mean over images and seeds, with the range over seeds; and at
+    the data set's eps the shares of images fooled and moved to the target."""
+    found = {}
+    for path in sorted((records_folder() / folder).glob("*.json")):
+        every = pd.DataFrame(read_json(path)["rows"])
+        every = every[every["steps"] == 20]
+        for (model, attack), part in every.groupby(["model", "attack"], sort=False):
+            cells = {f"{radius:g} eps": f"{v.mean():+.2f} [{v.min():+.2f}, {v.max():+.2f}]"
+                     for radius, v in part.groupby("radius")["dE(x)"]}
+            one = part[part["radius"] == 1]
+            arrived = one["reached"].astype(float).mean()
+            cells |= {"fooled": f"{one['fooled'].mean():.2f}",
+                      "at the target": f"{arrived:.2f}" if np.isfinite(arrived) else "-"}
+            found[f"{path.stem}, {model}, {attack}"] = cells
+    return pd.DataFrame.from_dict(found, orient="index").rename_axis("data, network, attack")
+
+
 def claims(*suites: str) -> pd.DataFrame:
     """The verdict of every claim of the suites."""
     table = scorecard(suites)
@@ -143,7 +162,7 @@ def verdicts() -> pd.DataFrame:
 
 
 TABLES = dict(rows=rows, tuning=tuning, alarms=alarms, collapses=collapses, robust=robust,
-              claims=claims, verdicts=verdicts)
+              energies=energies, claims=claims, verdicts=verdicts)
 BLOCK = re.compile(rf"(<!-- ({'|'.join(TABLES)}) ?([\w ]*) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
@@ -151,8 +170,8 @@ def render(text: str) -> str:
     """A page with its tables written anew; those of suites without tested runs stay empty."""
 
     def block(match: re.Match) -> str:
-        suites = [name for name in match[3].split()
-                  if (records_folder() / name).is_dir() and load_tested(name)]
+        there = [name for name in match[3].split() if (records_folder() / name).is_dir()]
+        suites = [name for name in there if name not in SUITES or load_tested(name)]
         if match[3] and not suites:
             return f"{match[1]}Not run yet.\n\n"
         return f"{match[1]}{markdown(TABLES[match[2]](*suites))}\n"

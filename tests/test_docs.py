@@ -17,6 +17,7 @@ from derkit.config import TrainConfig
 from derkit.generation.metrics import generation_summary, load_generation
 from derkit.records import records_folder
 from derkit.util import read_json
+from scripts import make_lessons
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -48,7 +49,7 @@ def test_generation_table():
 def test_headlines_of_the_readme_are_those_of_the_tables():
     """The README's bullet points quote numbers of docs/results.md."""
     text = (ROOT / "README.md").read_text()
-    part = text[text.index("## What was measured") : text.index("## Citing")]
+    part = text[text.index("## What was found") : text.index("## As a library")]
     quoted = re.findall(r"\b\d\.\d+", part)
     known = set(re.findall(r"\b\d\.\d+", (ROOT / "docs" / "results.md").read_text()))
     assert len(quoted) > 5 and set(quoted) <= known
@@ -102,9 +103,15 @@ def test_channels_last_table():
             assert f"{gain:.2f}" in line
 
 
-def test_times_of_the_notebooks():
-    """The README's minutes are those of a recorded pass."""
-    seconds = read_json(records_folder() / "notebook_times.json")["notebooks"]
+def test_lessons_of_the_readme():
+    """The table is what `scripts/make_lessons.py` writes: every notebook, its recorded minutes, a
+    thumbnail, and a badge for Colab once the repository has an address on GitHub."""
     text = (ROOT / "README.md").read_text()
-    found = re.findall(r"^\| \[(0\d_\w+)\].*\| ([\d.]+) \|$", text, re.M)
-    assert dict(found) == {name: f"{value / 60:.1f}" for name, value in seconds.items()}
+    assert make_lessons.render(text) == text and len(text.splitlines()) <= 120
+    names = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+    seconds = read_json(records_folder() / "notebook_times.json")["notebooks"]
+    assert [*make_lessons.LESSONS] == names == [*seconds]
+    assert all((ROOT / "figures" / "lessons" / f"{name}.png").is_file() for name in names)
+    badge = make_lessons.table("https://github.com/some/where")
+    address = "https://colab.research.google.com/github/some/where/blob/main/notebooks/"
+    assert all(f"({address}{name}.ipynb)" in badge for name in names)

@@ -20,7 +20,7 @@ BY_HAND = {"browser"}  # extras that are not part of all
 THROUGH_OTHERS = dict(PIL="torchvision", IPython="ipykernel", nbformat="nbclient", yaml="pyyaml",
                       sklearn="scikit_learn")  # fmt: skip
 LOCAL = {"derkit", "experiments", "benchmarks", "scripts", "tests"}
-OPTIONAL = {"torch_fidelity", "pyautoattack", "ipykernel", "tqdm"}
+OPTIONAL = {"torch_fidelity", "pyautoattack", "ipykernel", "ipywidgets", "tqdm"}
 
 ORDER = """util energy models attacks config checkpoint data records
     training.der diagnosis.evaluation training.objectives training.monitor diagnosis.overfitting

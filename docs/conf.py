@@ -7,6 +7,7 @@ notebooks, figures and pages are read where they lie, and nothing is copied or e
 import inspect
 import re
 import tomllib
+import unicodedata
 from pathlib import Path
 
 from docutils.nodes import SkipNode
@@ -16,16 +17,16 @@ from sphinx.util.logging import getLogger
 from derkit.config import PRESETS, Config
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = dict(zip("LN", "\u2112\U0001d4a9", strict=True))  # letters that formulas have in script
 
 project, author, project_copyright = "derkit", "the authors of derkit", "MIT licence"
 release = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
 root_doc = "docs/index"
-include_patterns = ["README.md", "CONTRIBUTING.md", "docs/**.md", "notebooks/0*.ipynb"]
+include_patterns = ["README.md", "CONTRIBUTING.md", "docs/**.md", "notebooks/0*.ipynb",
+                    "notebooks/solutions/0*.ipynb"]  # no notebook that somebody saves beside them
 
 nb_execution_mode = "off"  # pages show the outputs that the notebooks are stored with
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["dollarmath", "html_image"]
 myst_heading_anchors = 3  # links to headings, by the names that a repository's pages give them
 
 default_role = "py:obj"  # `name` in a docstring is a link wherever there is such a name
@@ -44,13 +45,21 @@ html_extra_path = ["static"]  # its index.html leads from the site's root to doc
 html_math_renderer = "mathml"
 
 
+def script(letter):
+    """A capital in script: most browsers have it as a character, and not as a style of N."""
+    try:
+        return f"<mi>{unicodedata.lookup(f'MATHEMATICAL SCRIPT CAPITAL {letter[1]}')}</mi>"
+    except KeyError:  # eight of them, such as L, are older than the others
+        return f"<mi>{unicodedata.lookup(f'SCRIPT CAPITAL {letter[1]}')}</mi>"
+
+
 def formula(translator, node):
     """A formula as MathML, which browsers draw themselves: no script and no network."""
     block = node.tagname == "math_block"
     found = convert(node.astext(), display="block" if block else "inline")
     if "\\" in found:
         getLogger(__name__).warning("unknown command in %s", node.astext(), location=node)
-    found = re.sub('<mi mathvariant="script">(.)</mi>', lambda m: f"<mi>{SCRIPT[m[1]]}</mi>", found)
+    found = re.sub('<mi mathvariant="script">([A-Z])</mi>', script, found)
     translator.body.append(f'<div class="math">{found}</div>' if block else found)
     raise SkipNode
 

@@ -13,9 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("notebooks/**/0*.ipynb")]
 
 
-class Page(HTMLParser):
-    """The anchors, links, images and number of formulas of a page."""
-
+class Page(HTMLParser):  # anchors, links with images, and the number of formulas
     def __init__(self, path):
         super().__init__()
         self.ids, self.links, self.formulas = set(), [], 0
@@ -43,8 +41,8 @@ def site(tmp_path_factory):
 def test_every_source_has_its_page_and_every_formula_is_one(site, source):
     text = source.read_text()
     if source.suffix == ".ipynb":
-        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
-        text = "\n\n".join("".join(cell["source"]) for cell in cells)
+        cells = [c["source"] for c in json.loads(text)["cells"] if c["cell_type"] == "markdown"]
+        text = "\n\n".join(map("".join, cells))
     text = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
     page = site[1][(site[0] / source.relative_to(ROOT)).with_suffix(".html")]
     assert page.formulas == len(re.findall(r"\$\$.+?\$\$|\$[^$]+\$", text, re.DOTALL))

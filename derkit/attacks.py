@@ -6,8 +6,6 @@ untouched. ``bn_mode`` says how BatchNorm behaves during the attack and is part 
 the statistics nor any module's mode is changed afterwards. Dropout is off inside an attack.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

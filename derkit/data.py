@@ -3,8 +3,6 @@
 No code of a data file runs: torchvision opens CIFAR's pickles only after their checksums.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import os
@@ -16,6 +14,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -60,7 +59,7 @@ class Split:
         """Images [start:stop] as floats in [0, 1]."""
         return to_float(self.images[start:stop], dtype)
 
-    def take(self, index: Tensor | slice) -> Split:
+    def take(self, index: Tensor | slice) -> Self:
         """The split restricted to an index tensor or slice."""
         return Split(self.images[index], self.labels[index])
 

@@ -11,8 +11,6 @@ Logits are (B, K), labels (B,), every result is (B,) unless said. Half-precision
 to float32 first: energies are differences of large numbers. float32 and float64 stay as they are.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

@@ -171,8 +171,3 @@ def describe(spec: dict) -> str:
     """The variant in words, for records and captions: 'preact_resnet18(shortcut=bn, width=64)'."""
     inside = ", ".join(f"{k}={v}" for k, v in spec.items() if k in OPTIONS.get(spec["name"], ()))
     return f"{spec['name']}({inside})" if inside else spec["name"]
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of trainable parameters."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)

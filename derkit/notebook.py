@@ -1,7 +1,5 @@
 """What every notebook needs: its parameters, checked; a line on the machine; PASS lines; tables."""
 
-from __future__ import annotations
-
 import ast
 import sys
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """What every room needs: errors, files, generators, devices, progress bars, several processes."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import errno

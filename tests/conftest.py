@@ -1,7 +1,5 @@
 """Fixtures of the test suite: a private home, one thread, tiny data and nets."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 

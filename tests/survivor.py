@@ -3,8 +3,6 @@
 Every attempt is a fork of this process, so torch is imported once.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import signal

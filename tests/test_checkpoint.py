@@ -1,7 +1,5 @@
 """Checkpoints and resume states: bit-equal round trips, errors that say what a file is."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The configs: types, ranges, names, presets, what 'auto' stands for, identity of a run."""
 
-from __future__ import annotations
-
 import json
 import math
 import warnings

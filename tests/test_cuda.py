@@ -1,7 +1,5 @@
 """What only a GPU can show. These tests run where there is one."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

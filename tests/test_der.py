@@ -1,7 +1,5 @@
 """DER: its forms against formulas by hand, and the object that asks for points."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.nn import functional as F

@@ -1,7 +1,5 @@
 """`generate` in memory and in folders: shards, kills, parts, damage, refusals; own starts."""
 
-from __future__ import annotations
-
 import os
 import random
 import resource

@@ -3,8 +3,6 @@
 Every payload touches a canary file. The fixture shows that the bait works where it is swallowed.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import pickle

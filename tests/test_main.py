@@ -1,7 +1,5 @@
 """The command line: help, a whole life of a run, one-line errors with exit status 2."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

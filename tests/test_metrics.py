@@ -238,7 +238,6 @@ def test_the_ablation_writes_records_that_are_read(trained, tmp_path, monkeypatc
     by_stop = metrics.init_by_stop(record, "own")
     assert by_stop.columns.tolist() == ["x0 only", "fixed 0", "fixed 1"] and values[0] != values[1]
     assert by_stop.loc["PCA", "x0 only"] == by_stop.loc["PCA", "fixed 0"]
-    assert list(metrics.per_class(record, "own").loc["PCA | fixed 1"].index)[1] == "pullover"
     assert record["protocols"][1]["training"] == dict(epochs=3) and len(record["chains"]) == 4
     with pytest.raises(DerkitError, match="record of g 'gird'. Did you mean 'grid'"):
         metrics.load_generation("gird", "g", tmp_path)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from derkit.models import MODELS, OPTIONS, build_model, count_parameters, describe, same_network
+from derkit.models import MODELS, OPTIONS, build_model, describe, same_network
 from derkit.util import DerkitError
 
 SMALL = {
@@ -14,6 +14,10 @@ SMALL = {
     "preact_resnet18": dict(width=2),
     "wide_resnet": dict(width=1, depth=10),
 }
+
+
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,7 +1,5 @@
 """Methods and the regularisers beside DER: float64 references, one step of everything, no sync."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

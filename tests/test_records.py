@@ -1,7 +1,5 @@
 """Records: JSON lines, run folders, committed records, groups and tables."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Targets, steps, guidance, stops, and what makes a chain independent of its batch."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

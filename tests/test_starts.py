@@ -1,7 +1,5 @@
 """Numbers of a sample, class PCA, neighbours, and every init: exact against the definitions."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import get_args

@@ -1,7 +1,5 @@
 """Nothing is lost: killed trainings, full disks, read-only folders, NaN, Ctrl-C."""
 
-from __future__ import annotations
-
 import errno
 import os
 import signal

@@ -1,7 +1,5 @@
 """Training runs at toy size: what they write, resume bit for bit, loading, precision, errors."""
 
-from __future__ import annotations
-
 import shutil
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace

@@ -3,8 +3,6 @@
 All attacks run with BatchNorm in eval mode, from an explicit generator, at the eps that is given.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 

@@ -1,9 +1,7 @@
-"""What an attack does to energies: many images at once, along its path, on a plane around an image.
+"""What an attack does to energies: of many images at once, and along its path.
 
 Functions of a model return arrays for `derkit.plots`.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,15 +99,11 @@ def detection_roc(natural: np.ndarray, adversarial: np.ndarray,
     return false, true, float(1 - below / 2 / (len(natural) * len(adversarial)))
 
 
-# -------------------------------------------------------------------------------- paths and planes
 @torch.no_grad()
-def energy_path(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, points: int = 21,
-                beyond: float = 0.0) -> dict[str, np.ndarray]:
-    """Energies along x + u (x* - x), u from 0 to 1 + beyond, not clipped to [0, 1].
-
-    Arrays u (U,), E, Ey, ce (U, B).
-    """
-    u = torch.linspace(0, 1 + beyond, points, dtype=x.dtype, device=x.device)
+def energy_path(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor,
+                points: int = 21) -> dict[str, np.ndarray]:
+    """Energies along x + u (x* - x), u from 0 to 1: arrays u (U,), E, Ey, ce (U, B)."""
+    u = torch.linspace(0, 1, points, dtype=x.dtype, device=x.device)
     with attack_mode(model, "eval"):
         logits = [model(x + value * (x_adv - x)) for value in u]
     kinds = dict(E=[energy.marginal_energy(f) for f in logits],
@@ -120,23 +114,6 @@ def energy_path(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, points: i
 
 def bump(path: dict[str, np.ndarray], key: str = "E") -> float:
     """Mean over images of the largest |energy - chord| between the ends: 0 if it is linear."""
-    inside = path["u"] <= 1 + 1e-9
-    u, values = path["u"][inside][:, None], path[key][inside]
+    u, values = path["u"][:, None], path[key]
     chord = (1 - u) * values[0] + u * values[-1]
     return float(np.abs(values - chord).max(0).mean())
-
-
-@torch.no_grad()
-def energy_slice(model: nn.Module, x: Tensor, y: Tensor, first: Tensor, second: Tensor,
-                 extent: float = 1.5, points: int = 25) -> dict[str, np.ndarray]:
-    """E and CE on the plane x + a first + b second around ONE image x (1, C, H, W).
-
-    a and b in [-extent, extent]. Typical directions: x* - x, and a random sign vector times eps.
-    Arrays axis (P,), E, ce (P, P) with rows b and columns a.
-    """
-    axis = torch.linspace(-extent, extent, points, dtype=x.dtype, device=x.device)
-    with attack_mode(model, "eval"):
-        logits = [model(x + axis.view(-1, 1, 1, 1) * first + b * second) for b in axis]
-    marginal = torch.stack([energy.marginal_energy(f) for f in logits])
-    ce = torch.stack([energy.cross_entropy(f, y.expand(len(f))) for f in logits])
-    return {"axis": _array(axis), "E": _array(marginal), "ce": _array(ce)}

@@ -5,8 +5,6 @@ before than three times the noise from epoch to epoch, and by at least a fixed m
 quiet start does not make noise an alarm (the adaptive idea is ELLE-A's).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Offline: a small network, trained on its own by scripts/train_extractor.py, not 
 the kit's classifiers (what a generator descends on must never judge it). Or Inception from a file.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import os

@@ -5,8 +5,6 @@ part_00000.json, and at the end summary.json. A shard that is whole and of the r
 kept. In memory the same shards and batches are made, so that the images are the same.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import io
@@ -26,6 +24,46 @@ from derkit.generation import sampler
 from derkit.generation.sampler import Chains, Reference, quantise, sample, saturated
 from derkit.generation.starts import INITS, Draw, Pool, fit_pool, local_parts
 from derkit.util import AUTO, DerkitError, images_format, progress, read_json, write_json
+
+
+@dataclass
+class Samples:
+    """Generated images on the CPU, uint8 as real ones are stored; (n,) unless said."""
+
+    images: Tensor  # (n, C, H, W)
+    x0: Tensor  # (n, C, H, W)
+    labels: Tensor
+    index: Tensor  # global number
+    steps: Tensor
+    reached: Tensor  # does the stop rule hold at the end?
+    joint: Tensor  # E(x, y) of the images
+    marginal: Tensor  # E(x)
+    prob: Tensor  # p(y|x)
+    joint0: Tensor  # the same of x0
+    marginal0: Tensor
+    prob0: Tensor
+    target: Tensor  # e*
+    record: dict[str, Any] = field(default_factory=dict, repr=False)  # how they were made
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def statistics(self) -> dict[str, float]:
+        """Means: steps, chains that never moved, that reached their stop, p(y|x), saturation."""
+        rows = dict(steps=self.steps, stopped_at_0=self.steps == 0, reached=self.reached)
+        means = {k: v.double().mean().item() for k, v in (rows | dict(prob=self.prob)).items()}
+        pixels = dict(saturated=saturated(self.images), saturated_x0=saturated(self.x0))
+        return dict(n=len(self)) | means | pixels
+
+    def write(self, path: Path) -> None:
+        """Into the files of a shard: its seconds, then the arrays; each whole or not at all."""
+        buffer = io.BytesIO()
+        np.savez(buffer, **{name: getattr(self, name).numpy() for name in ARRAYS})
+        write_json(path.with_suffix(".json"), self.record)
+        util.atomic_write(path, buffer.getvalue())
+
+
+ARRAYS = tuple(name for name in Samples.__dataclass_fields__ if name != "record")
 
 
 class Job(NamedTuple):
@@ -123,46 +161,6 @@ def prepare(model: nn.Module, dataset: Dataset, config: GenerateConfig | None = 
                     classes=[dataset.classes[c] for c in classes],
                     env=records.environment(pool.images.device, str(dtype), "the images'"))
     return Job(model, config, pool, reference, classes, manifest)
-
-
-@dataclass
-class Samples:
-    """Generated images on the CPU, uint8 as real ones are stored; (n,) unless said."""
-
-    images: Tensor  # (n, C, H, W)
-    x0: Tensor  # (n, C, H, W)
-    labels: Tensor
-    index: Tensor  # global number
-    steps: Tensor
-    reached: Tensor  # does the stop rule hold at the end?
-    joint: Tensor  # E(x, y) of the images
-    marginal: Tensor  # E(x)
-    prob: Tensor  # p(y|x)
-    joint0: Tensor  # the same of x0
-    marginal0: Tensor
-    prob0: Tensor
-    target: Tensor  # e*
-    record: dict[str, Any] = field(default_factory=dict, repr=False)  # how they were made
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def statistics(self) -> dict[str, float]:
-        """Means: steps, chains that never moved, that reached their stop, p(y|x), saturation."""
-        rows = dict(steps=self.steps, stopped_at_0=self.steps == 0, reached=self.reached)
-        means = {k: v.double().mean().item() for k, v in (rows | dict(prob=self.prob)).items()}
-        pixels = dict(saturated=saturated(self.images), saturated_x0=saturated(self.x0))
-        return dict(n=len(self)) | means | pixels
-
-    def write(self, path: Path) -> None:
-        """Into the files of a shard: its seconds, then the arrays; each whole or not at all."""
-        buffer = io.BytesIO()
-        np.savez(buffer, **{name: getattr(self, name).numpy() for name in ARRAYS})
-        write_json(path.with_suffix(".json"), self.record)
-        util.atomic_write(path, buffer.getvalue())
-
-
-ARRAYS = tuple(name for name in Samples.__dataclass_fields__ if name != "record")
 
 
 def _read(path: Path, numbers: range) -> Samples | None:

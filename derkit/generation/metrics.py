@@ -4,8 +4,6 @@ torch-fidelity computes IS, FID and KID with Inception. Offline, the same formul
 small classifier are called CIS, CFD and CKD: they are not comparable with any published FID.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,12 +172,6 @@ def init_by_stop(record: dict[str, Any], model: str, column: str = "CFD") -> pd.
         start, stop = key.split(" | ")
         rows.setdefault(start, {"x0 only": values[key + X0]})[stop] = values[key]
     return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def per_class(record: dict[str, Any], model: str, column: str = "CKD") -> pd.DataFrame:
-    """A per-class metric, mean over seeds: rows (images, class), for `derkit.plots.class_bars`."""
-    rows = pd.DataFrame(record["per_class"]).query("model == @model")
-    return rows.groupby(["images", "class"], sort=False)[[column]].mean()
 
 
 def published_generation() -> pd.DataFrame:

@@ -7,8 +7,6 @@ A chain that has stopped leaves the batch and stays as it was (its stop is latch
 to the sample's global index: a result does not depend on the batch, up to the network's rounding.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 ``init(draw, pool, config) -> x0 (B, D)``, not yet clipped to [0, 1], from random numbers of `Draw`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import math
@@ -41,6 +39,28 @@ def sample_noise(index: Tensor, count: int, seed: int, purpose: str, step: int =
     return torch.from_numpy(rows).to(dtype).to(index.device)
 
 
+class ClassPCA(NamedTuple):
+    """PCA of one class."""
+
+    mean: Tensor  # (D,)
+    directions: Tensor  # (R, D), orthonormal rows
+    std: Tensor  # (R,) along them: singular value / sqrt(n_c - 1)
+
+
+class Pool(NamedTuple):
+    """Training images by class, and the fits that an init asked for."""
+
+    images: Tensor  # (N, C, H, W) uint8
+    rows: list[Tensor]  # of each class, the indices of its images
+    near: Tensor  # (N, k) indices of the neighbours inside the class (of the chosen classes)
+    pca: dict[int, ClassPCA]
+    dtype: torch.dtype
+
+    def flat(self, index: Tensor) -> Tensor:
+        """Images by index, of any shape (...), as floats (..., D) in [0, 1]."""
+        return to_float(self.images[index].flatten(index.ndim), self.dtype)
+
+
 @dataclass(frozen=True)
 class Draw:
     """Which samples: global ``index`` (B,), ``labels`` (B,), ``ranks`` (B,) inside their class;
@@ -66,14 +86,6 @@ class Draw:
             order = torch.randperm(len(pool.rows[c]), generator=generator)
             out.append(pool.rows[c][order[place]])
         return torch.stack(out)
-
-
-class ClassPCA(NamedTuple):
-    """PCA of one class."""
-
-    mean: Tensor  # (D,)
-    directions: Tensor  # (R, D), orthonormal rows
-    std: Tensor  # (R,) along them: singular value / sqrt(n_c - 1)
 
 
 def class_pca(x: Tensor, retained: float = 1.0) -> ClassPCA:
@@ -120,20 +132,6 @@ def cached(kind: str, key: tuple, make: Callable[..., Any], *args: Any) -> list[
     with contextlib.suppress(OSError):
         atomic_write(path, save({str(i): t for i, t in enumerate(tensors)}))
     return tensors
-
-
-class Pool(NamedTuple):
-    """Training images by class, and the fits that an init asked for."""
-
-    images: Tensor  # (N, C, H, W) uint8
-    rows: list[Tensor]  # of each class, the indices of its images
-    near: Tensor  # (N, k) indices of the neighbours inside the class (of the chosen classes)
-    pca: dict[int, ClassPCA]
-    dtype: torch.dtype
-
-    def flat(self, index: Tensor) -> Tensor:
-        """Images by index, of any shape (...), as floats (..., D) in [0, 1]."""
-        return to_float(self.images[index].flatten(index.ndim), self.dtype)
 
 
 def fit_pool(dataset: Dataset, classes: Sequence[int], config: GenerateConfig,

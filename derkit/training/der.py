@@ -12,8 +12,6 @@ E between x and x*, and a hinge on jumps of dE(x) were tried as well and did not
 Logits are (B, K): ``nat`` at x, ``adv`` at x*, ``mid`` at x_u = x + u (x* - x), ``near`` at x + r.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -8,8 +8,6 @@ regularisers see the bare module. Every process takes its slice of the same perm
 evaluates and writes.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import time
@@ -18,7 +16,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -147,7 +145,7 @@ class State:
     best: float = -1.0  # PGD accuracy on validation images
 
     @classmethod
-    def new(cls, config: TrainConfig, model: nn.Module, device: torch.device) -> State:
+    def new(cls, config: TrainConfig, model: nn.Module, device: torch.device) -> Self:
         """Before the first epoch. The model is moved, and will be trained, in place."""
         if util.world() > 1 and device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -1,7 +1,5 @@
 """What is measured after every epoch and at the end of a run."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from typing import Any
 

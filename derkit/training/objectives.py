@@ -5,8 +5,6 @@ through the model in one forward: an objective or regulariser names the images t
 (``points``) and is called with their logits.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -24,7 +24,7 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from derkit.util import DataError, DerkitError, atomic_write, home, progress, unknown
+from derkit.util import DataError, DerkitError, cached, home, progress, unknown
 
 Arrays = tuple[np.ndarray, np.ndarray]  # images (N, C, H, W) uint8, labels (N,)
 AUGMENTATIONS = ("none", "flip", "crop", "crop_flip", "crop_reflect_flip")
@@ -139,23 +139,21 @@ def _read_folder(folder: Path, spec: Spec) -> Arrays:
         raise DataError(f"{folder} needs <class>/*.jpg|png: {error}.") from error
     files, labels = zip(*sorted(found, key=lambda pair: pair[1]), strict=True)
     key = [(Path(f).parts[-2:], os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
-    digest = hashlib.sha256(repr((spec.channels, spec.size, key)).encode()).hexdigest()
-    cache, images = home() / "cache" / f"folders-{digest[:16]}.npy", []
-    with suppress(OSError, ValueError, EOFError):  # a broken cache is read anew
-        return np.load(cache, allow_pickle=False), labels
-    for file in progress(files, f"reading {folder.parent.name}/{folder.name}"):
+
+    def decode(file: str) -> np.ndarray:
         try:
             with Image.open(file) as image:
                 image = image.convert("L" if spec.channels == 1 else "RGB")
                 image = ImageOps.fit(image, (spec.size, spec.size), Image.Resampling.BICUBIC)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"cannot read image {file}: {error}. Delete or replace it.") from error
-        images.append(np.atleast_3d(image).transpose(2, 0, 1))
-    images = np.stack(images)
-    np.save(buffer := BytesIO(), images)
-    with suppress(OSError):  # a cache that cannot be written is skipped
-        atomic_write(cache, buffer.getvalue())
-    return images, labels
+        return np.atleast_3d(image).transpose(2, 0, 1)
+
+    def read() -> Tensor:
+        bar = progress(files, f"reading {folder.parent.name}/{folder.name}")
+        return torch.from_numpy(np.stack([decode(file) for file in bar]))
+
+    return cached("folders", (spec.channels, spec.size, key), read)[0].numpy(), labels
 
 
 def read_idx_folder(folder: Path) -> dict[str, Arrays] | None:

@@ -20,14 +20,9 @@ KINDS = {"int": (int, "a whole number"), "float": (float, "a number"), "str": (s
          "bool": (bool, "True or False")}  # fmt: skip
 
 
-def repository() -> Path:
-    """The root of the repository that the package stands in."""
-    return Path(__file__).resolve().parents[1]
-
-
 def add_repository() -> None:
     """Let a notebook import ``experiments``, which stands in the repository, not installed."""
-    sys.path.append(str(repository()))
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 
 def guard(cells: list[str], namespace: dict[str, Any]) -> dict[str, Any]:

@@ -82,26 +82,19 @@ def environment(device: torch.device, precision: str, why: str) -> dict[str, Any
 class Run:
     """A run, read from its folder, or DerkitError where it holds none, or a file is broken.
 
-    config, env, final: what the JSON files hold. epochs: a DataFrame, one row per epoch."""
+    name: of the folder. config, env, final: what the JSON files hold. finished: was it evaluated at
+    its end? epochs: a DataFrame, one row per epoch."""
 
     def __init__(self, folder: str | os.PathLike) -> None:
         self.folder = Path(folder)
+        self.name = self.folder.name
         if not (self.folder / "config.json").is_file():
             raise DerkitError(f"{self.folder} is not a run folder (no config.json).")
         self.config: dict[str, Any] = read_json(self.folder / "config.json")
         self.env: dict[str, Any] = read_json(self.folder / "env.json")
         self.final: dict[str, Any] = read_json(self.folder / "final.json")
+        self.finished = bool(self.final)
         self.epochs = pd.DataFrame(read_lines(self.folder / "metrics.jsonl"))
-
-    @property
-    def name(self) -> str:
-        """The folder's name."""
-        return self.folder.name
-
-    @property
-    def finished(self) -> bool:
-        """Has the run been evaluated at its end?"""
-        return bool(self.final)
 
     def steps(self, column: str) -> list[float]:
         """A series over all training steps: 'loss', 'acc' or 'aae' (on adversarial examples)."""

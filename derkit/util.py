@@ -16,6 +16,8 @@ from typing import Any
 import filelock
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 AUTO = "auto"
 
@@ -95,6 +97,21 @@ def read_json(path: Path) -> dict[str, Any]:
         return {**json.loads(path.read_text(encoding="utf-8"))} if path.is_file() else {}
     except (ValueError, TypeError, RecursionError) as error:  # no text, no JSON, no record
         raise DerkitError(f"{path} is not a JSON record ({error}). Restore or delete it.") from None
+
+
+def cached(kind: str, key: tuple, make: Callable[..., Any], *args: Any) -> list[torch.Tensor]:
+    """The tensors of ``make(*args)`` on the CPU, kept in DERKIT_HOME/cache under the key's hash.
+    A damaged file is made anew, a cache that cannot be written is skipped."""
+    name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    path = home() / "cache" / f"{kind}-{name}.safetensors"
+    with contextlib.suppress(OSError, KeyError, SafetensorError):
+        found = load(path.read_bytes())
+        return [found[str(i)] for i in range(len(found))]
+    made = make(*args)
+    tensors = [t.cpu().contiguous() for t in (made if isinstance(made, tuple) else (made,))]
+    with contextlib.suppress(OSError):
+        atomic_write(path, save({str(i): t for i, t in enumerate(tensors)}))
+    return tensors
 
 
 @contextlib.contextmanager

@@ -159,7 +159,7 @@ def test_autoattack_with_few_classes(classes, net, part, monkeypatch):
     monkeypatch.setattr(package.AutoAttack, "run_standard_evaluation", run)
     autoattack(net(classes=classes), few, 0.3, norm="l2", seed=5)
     assert seen == [min(9, classes - 1)] * 2 + [0.3, "L2", 5, False]  # no gradients for weights
-    with pytest.raises(DerkitError, match="4 classes, found 3"):
+    with pytest.raises(DerkitError, match="4 classes, found 0.3 and 3:"):
         autoattack(net(classes=3), few, 0.3)
 
 

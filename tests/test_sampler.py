@@ -76,9 +76,9 @@ def test_targets_are_quantiles_of_the_class_and_belong_to_the_sample(trained, so
 
 def test_normalised_steps():
     g = torch.randn(5, 1, 3, 3)
-    moved = sampler.normalised(g, 0.4).flatten(1)
-    assert torch.allclose(moved, -0.4 * F.normalize(g.flatten(1)))
-    assert not sampler.normalised(torch.zeros(1, 1, 2, 2), 0.4).any()
+    config = GenerateConfig(eta=0.4)
+    assert torch.allclose(sampler.drift(g, config).flatten(1), -0.4 * F.normalize(g.flatten(1)))
+    assert not sampler.drift(torch.zeros(1, 1, 2, 2), config).any()
 
 
 def test_descent_by_hand_with_momentum_and_clipping():

@@ -37,7 +37,7 @@ def of_class(c, n, rank=None):
 def start(draw, dataset, **options):
     config = GenerateConfig.make(**({"k": 8} | options))
     pool = fit_pool(dataset, range(10), config)
-    return INITS[config.init].start(draw, pool, config), pool
+    return INITS[config.init](draw, pool, config), pool
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -155,9 +155,9 @@ def test_local_pca_is_the_local_gaussian(some):
     assert torch.allclose(mean, near.mean(0).expand_as(mean), atol=1e-6)
     covariance, expected = torch.cov(deviation.T), torch.cov(near.T)
     assert (covariance - expected).norm() < 0.1 * expected.norm()
-    x = INITS["local_pca"].start(draws, pool, config)
+    x = INITS["local_pca"](draws, pool, config)
     assert torch.allclose(x - mean, 0.5 * deviation, atol=1e-6)
-    assert torch.equal(INITS["local_pca"].start(draws, pool, config.change(tau=0)), mean)
+    assert torch.equal(INITS["local_pca"](draws, pool, config.change(tau=0)), mean)
 
 
 def test_retained_variance_projects_onto_the_largest_directions(some):

@@ -392,7 +392,7 @@ def test_further_evaluation_of_a_finished_run(done, tiny, config, monkeypatch):
 
     monkeypatch.setattr(loop, "train_epoch", None)
     monkeypatch.setattr(monitor.evaluation, "autoattack", autoattack)
-    monkeypatch.setattr(monitor, "find_spec", lambda name: name)
+    monkeypatch.setattr(monitor.evaluation, "find_spec", lambda name: name)
     c = config(strong_size=4, pgd50_size=1, autoattack_size=2)
     again = train(c, tiny, folder=done.folder)
     expected = dict(pgd50_images=1, pgd50_alpha=0.025, aa=0.2, aa_images=2, aa_package="port 1")
@@ -401,7 +401,7 @@ def test_further_evaluation_of_a_finished_run(done, tiny, config, monkeypatch):
         assert found == before | expected | dict(pgd50=found["pgd50"])
     with pytest.raises(DerkitError, match="AutoAttack needs eps > 0"):
         train(c.change(eps=0.0), tiny)
-    monkeypatch.setattr(monitor, "find_spec", lambda name: None)
+    monkeypatch.setattr(monitor.evaluation, "find_spec", lambda name: None)
     with pytest.raises(DerkitError, match=r"pip install \"derkit\[eval\]\""):
         train(c, tiny, folder=done.folder)
 

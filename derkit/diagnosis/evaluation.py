@@ -5,6 +5,7 @@ All attacks run with BatchNorm in eval mode, from an explicit generator, at the 
 
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -117,23 +118,28 @@ def pgd50_accuracy(model: nn.Module, split: Split, eps: float, steps: int = 50, 
     return alive.double().mean().item()
 
 
+def check_autoattack(eps: float, classes: int) -> None:
+    """Raise DerkitError where AutoAttack cannot run: pyautoattack is missing, eps is 0, or there
+    are fewer than 4 classes, which its targeted DLR needs."""
+    if eps == 0 or classes < 4:
+        raise DerkitError(f"AutoAttack needs eps > 0 and at least 4 classes, found {eps:g} and "
+                          f"{classes}: set autoattack_size=0, or use strong_accuracy.")
+    if find_spec("pyautoattack") is None:
+        raise DerkitError('AutoAttack needs pyautoattack: pip install "derkit[eval]", or set '
+                          "autoattack_size=0.")
+
+
 def autoattack_mask(model: nn.Module, split: Split, eps: float, norm: str = "linf", seed: int = 0,
                     batch_size: int = BATCH) -> Tensor:
     """Per image, (N,) bool: does it survive standard AutoAttack (arXiv 2003.01690)?
 
-    Through the port `pyautoattack` (extra: eval). Raises DerkitError where that is missing, at
-    eps 0, and below 4 classes (the targeted DLR needs them).
+    Through the port `pyautoattack` (extra: eval). Raises DerkitError as `check_autoattack` does.
     """
     port_norm = pick("norm", norm, {"linf": "Linf", "l2": "L2"})
-    if attacks.check_eps(eps, norm) == 0:
-        raise DerkitError("AutoAttack needs eps > 0; at eps 0 robust accuracy is clean accuracy.")
-    try:
-        from pyautoattack import AutoAttack
-    except ImportError as error:
-        raise DerkitError('AutoAttack needs pyautoattack: pip install "derkit[eval]".') from error
     classes = predict(model, split.take(slice(1))).shape[1]
-    if classes < 4:
-        raise DerkitError(f"AutoAttack needs 4 classes, found {classes}; use strong_accuracy.")
+    check_autoattack(attacks.check_eps(eps, norm), classes)
+    from pyautoattack import AutoAttack
+
     dtype, device = next(float_batches(split, model, 1))[0].dtype, split.images.device
     layout = images_format(model)
     weights = {name: p.detach() for name, p in model.named_parameters()}

@@ -43,15 +43,8 @@ class AttackEnergies:
     fooled: np.ndarray  # bool
     reached: np.ndarray | None = None  # bool, attacks to the least likely class: did they get there
 
-    @property
-    def dE(self) -> np.ndarray:
-        """dE(x) = E(x) - E(x*)."""
-        return self.E - self.E_adv
-
-    @property
-    def dEy(self) -> np.ndarray:
-        """dE(x, y) = E(x, y) - E(x*, y)."""
-        return self.Ey - self.Ey_adv
+    dE = property(lambda self: self.E - self.E_adv)  # dE(x)
+    dEy = property(lambda self: self.Ey - self.Ey_adv)  # dE(x, y)
 
 
 def attack_energies(model: nn.Module, split: Split, eps: float, attack: str = "PGD", seed: int = 0,

@@ -157,28 +157,23 @@ def extractor_for(dataset: Dataset | str, path: str | os.PathLike | None = None)
     return extractor
 
 
-def find_inception(path: str | os.PathLike | None = None) -> Path | None:
-    """The Inception file: ``path``, else $DERKIT_INCEPTION (it or its folder), else torch hub's."""
-    cached = Path(torch.hub.get_dir()) / "checkpoints"
-    place = Path(path or os.environ.get("DERKIT_INCEPTION") or cached).expanduser()
-    file = place / INCEPTION_FILE if place.is_dir() else place
-    return file if file.is_file() else None
-
-
 def inception(path: str | os.PathLike | None = None) -> Extractor:
-    """Inception-v3, the TensorFlow weights of 2015 that FID is defined with, from a file.
+    """Inception-v3, the TensorFlow weights of 2015 that FID is defined with, from a file: ``path``,
+    else $DERKIT_INCEPTION (it or its folder), else torch hub's.
 
     Raises DerkitError with its address where there is no file. Any other file is refused too and
     never loaded: torch-fidelity would run the code of a pickle.
     """
     torch_fidelity()
-    file = find_inception(path)
-    sha256 = hashlib.sha256(file.read_bytes()).hexdigest() if file else "no file"
+    hub = Path(torch.hub.get_dir()) / "checkpoints"
+    file = Path(path or os.environ.get("DERKIT_INCEPTION") or hub).expanduser()
+    file = file / INCEPTION_FILE if file.is_dir() else file
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "no file"
     if sha256 != INCEPTION_SHA256:
         raise DerkitError(
             f"IS, FID and KID need the Inception weights (sha256 {INCEPTION_SHA256[:8]}...), found "
-            f"{sha256[:8]} at {file or path or 'the usual places'}. Download {RELEASE}/"
-            f"{INCEPTION_FILE} (91 MB) once and pass its path, or set DERKIT_INCEPTION."
+            f"{sha256[:8]} at {file}. Download {RELEASE}/{INCEPTION_FILE} (91 MB) once and pass "
+            "its path, or set DERKIT_INCEPTION."
         )
     info, columns = dict(weights=INCEPTION_FILE), ("IS", "FID", "KID")
     return Extractor("inception-v3-compat", sha256, file, info=info, columns=columns)

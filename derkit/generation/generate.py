@@ -85,7 +85,7 @@ class Job(NamedTuple):
     def starts(self, index: Tensor | range | list[int]) -> Tensor:
         """x0 (B, C, H, W) in [0, 1]; of ``best_of`` ones that with E(x0, y) nearest to e*."""
         draws = [self.draw(index, candidate) for candidate in range(self.config.best_of)]
-        init, draw = INITS[self.config.init].start, draws[0]
+        init, draw = INITS[self.config.init], draws[0]
         found = torch.stack([init(each, self.pool, self.config) for each in draws])
         found = found.clamp(0, 1).unflatten(2, self.pool.images.shape[1:])
         if len(found) == 1:

@@ -52,8 +52,8 @@ def fidelity(images: Tensor, real: Tensor, extractor: Extractor, *, only: str = 
             save_cpu_ram=True, cache=False, verbose=False, **options,
         )
     keys = (package.KEY_METRIC_ISC_MEAN, package.KEY_METRIC_FID, package.KEY_METRIC_KID_MEAN)
-    names = zip((*keys, "precision", "recall"), (*extractor.columns, "precision", "recall"))
-    return {name: float(found[key]) for key, name in names if key in found}
+    names = dict(zip(keys, extractor.columns, strict=True), precision="precision", recall="recall")
+    return {name: float(found[key]) for key, name in names.items() if key in found}
 
 
 def nearest_train(images: Tensor, train: Tensor, chunk: int = 500) -> tuple[Tensor, Tensor]:

@@ -20,8 +20,8 @@ from derkit.config import GenerateConfig
 from derkit.data import Dataset
 from derkit.diagnosis.evaluation import predict
 from derkit.energy import cross_entropy, joint_energy, marginal_energy, upcast
-from derkit.generation.starts import cached, sample_noise
-from derkit.util import DerkitError, autocast, images_format
+from derkit.generation.starts import sample_noise
+from derkit.util import DerkitError, autocast, cached, images_format
 
 
 @dataclass(frozen=True)
@@ -98,24 +98,6 @@ class Limits(NamedTuple):
     std: Tensor
 
 
-def fixed(joint: Tensor, limits: Limits, config: GenerateConfig) -> Tensor:
-    """Never: every chain takes config.steps steps."""
-    return torch.zeros_like(joint, dtype=torch.bool)
-
-
-def mean_band(joint: Tensor, limits: Limits, config: GenerateConfig) -> Tensor:
-    """(E(x, y) - mean of the class)^2 small (ECCV'24, width not stated). A step may jump over."""
-    return (joint - limits.mean).abs() < config.band * limits.std
-
-
-def quantile(joint: Tensor, limits: Limits, config: GenerateConfig) -> Tensor:
-    """E(x, y) <= e*: down at the energy of a real image of the class (one-sided, our reading)."""
-    return joint <= limits.target
-
-
-STOPS = {"fixed": fixed, "mean_band": mean_band, "quantile": quantile}
-
-
 def _limits(reference: Reference | None, index: Tensor, labels: Tensor,
             config: GenerateConfig) -> Limits:  # fmt: skip
     if reference is not None and (reference.counts[labels] > 0).all():
@@ -131,22 +113,24 @@ def _limits(reference: Reference | None, index: Tensor, labels: Tensor,
 
 
 def _ended(values: Tensor, limits: Limits, step: int, config: GenerateConfig) -> Tensor:
-    """Which chains end, given their readings (3, B) after ``step`` steps."""
-    stop = STOPS[config.stop](values[0], limits, config)
-    return stop & (values[2] >= config.p_min) & (step >= config.min_steps)
+    """Which chains end, given their readings (3, B) after ``step`` steps.
+
+    fixed: none. mean_band: (E(x, y) - mean of the class)^2 is small (ECCV'24, width not stated; a
+    step may jump over). quantile: down at the energy of a real image (one-sided, our reading).
+    """
+    joint, _, prob = values
+    stop = {"fixed": torch.zeros_like(joint, dtype=torch.bool),
+            "mean_band": (joint - limits.mean).abs() < config.band * limits.std,
+            "quantile": joint <= limits.target}[config.stop]
+    return stop & (prob >= config.p_min) & (step >= config.min_steps)
 
 
-def plain(grad: Tensor, eta: float) -> Tensor:
-    """-eta/2 grad: Langevin's drift, on the model's own scale (ECCV'24)."""
-    return -0.5 * eta * grad
-
-
-def normalised(grad: Tensor, eta: float) -> Tensor:
-    """-eta grad/||grad||_2: every image moves by eta, so that models can be compared."""
-    return -eta * grad / grad.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
-
-
-RULES = {"normalised": normalised, "plain": plain}
+def drift(grad: Tensor, config: GenerateConfig) -> Tensor:
+    """plain: -eta/2 grad, Langevin's drift on the model's own scale (ECCV'24). normalised:
+    -eta grad/||grad||_2, every image moves by eta, so that models can be compared."""
+    if config.rule == "plain":
+        return -0.5 * config.eta * grad
+    return -config.eta * grad / grad.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
 
 
 def guided_energy(logits: Tensor, labels: Tensor, w: float) -> Tensor:
@@ -229,7 +213,7 @@ def sample(model: nn.Module, x0: Tensor, labels: Tensor, index: Tensor, config: 
                 frames[t] = out.clone()
             keep = _kept(moving, multiple)
             rows, moving, x, v, grad = (part[keep] for part in (rows, moving, x, v, grad))
-            v = config.momentum * v + RULES[config.rule](grad, config.eta)
+            v = config.momentum * v + drift(grad, config)
             x = (x + v).clamp(0, 1)
             out[rows[moving]] = x[moving]
             if config.noise and t < config.steps - 1:  # none on the last step

@@ -3,22 +3,18 @@
 ``init(draw, pool, config) -> x0 (B, D)``, not yet clipped to [0, 1], from random numbers of `Draw`.
 """
 
-import contextlib
-import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from derkit.config import GenerateConfig
 from derkit.data import Dataset, to_float
-from derkit.util import DerkitError, atomic_write, home, make_generator, progress
+from derkit.util import DerkitError, cached, make_generator, progress
 
 PUBLISHED_SCALE = 0.005 * math.sqrt(4999)  # 0.354 class standard deviations, see `pca_published`
 PURPOSES = {"target": 0, "init": 1, "langevin": 2}  # independent streams of one sample
@@ -119,26 +115,11 @@ def neighbours(x: Tensor, k: int, rank: int) -> Tensor:
     return torch.cat(near)
 
 
-def cached(kind: str, key: tuple, make: Callable[..., Any], *args: Any) -> list[Tensor]:
-    """The tensors of ``make(*args)`` on the CPU, kept in DERKIT_HOME/cache under the key's hash.
-    A damaged file is made anew, a cache that cannot be written is skipped."""
-    name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    path = home() / "cache" / f"{kind}-{name}.safetensors"
-    with contextlib.suppress(OSError, KeyError, SafetensorError):
-        found = load(path.read_bytes())
-        return [found[str(i)] for i in range(len(found))]
-    made = make(*args)
-    tensors = [t.cpu().contiguous() for t in (made if isinstance(made, tuple) else (made,))]
-    with contextlib.suppress(OSError):
-        atomic_write(path, save({str(i): t for i, t in enumerate(tensors)}))
-    return tensors
-
-
 def fit_pool(dataset: Dataset, classes: Sequence[int], config: GenerateConfig,
              dtype: torch.dtype = torch.float32) -> Pool:  # fmt: skip
     """What the config's init needs of the training images of some classes, cached by the data's
     sha256. Raises DerkitError where a class has too few images."""
-    needs = INITS[config.init].needs
+    needs = FITS.get(config.init)
     k = config.k if needs == "near" else 0
     images, labels, sha256 = dataset.train.images, dataset.train.labels, dataset.sha256
     rows = [(labels == c).nonzero().squeeze(1) for c in range(len(dataset.classes))]
@@ -229,13 +210,6 @@ def noisy_images(draw: Draw, pool: Pool, config: GenerateConfig) -> Tensor:
     return x + config.image_noise * draw.numbers(x.shape[1], pool)
 
 
-class Init(NamedTuple):
-    """A row of INITS. ``needs``: the fit that it works on ('', 'pca' or 'near')."""
-
-    start: Callable[[Draw, Pool, GenerateConfig], Tensor]
-    needs: str = ""
-
-
-INITS = {"uniform": Init(uniform), "class_gaussian": Init(class_gaussian),
-         "pca_published": Init(pca_published, "pca"), "pca": Init(pca, "pca"),
-         "local_pca": Init(local_pca, "near"), "noisy_images": Init(noisy_images)}  # fmt: skip
+INITS = dict(uniform=uniform, class_gaussian=class_gaussian, pca_published=pca_published, pca=pca,
+             local_pca=local_pca, noisy_images=noisy_images)
+FITS = dict(pca_published="pca", pca="pca", local_pca="near")  # what those need that need one

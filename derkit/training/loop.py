@@ -30,6 +30,7 @@ from derkit.attacks import attack_mode
 from derkit.checkpoint import load_checkpoint, load_model, load_state, save_checkpoint, save_state
 from derkit.config import TrainConfig
 from derkit.data import Dataset, load_dataset
+from derkit.diagnosis.evaluation import check_autoattack
 from derkit.diagnosis.overfitting import should_stop
 from derkit.models import build_model
 from derkit.records import Run, environment, run_folder, signature_of, write_lines
@@ -58,18 +59,14 @@ SCHEDULES: dict[str, Callable[[float, float], float]] = {  # (progress, peak) ->
 
 
 # ---------------------------------------------------------------------------------------- a model
-def model_options(config: TrainConfig) -> dict[str, Any]:
-    """The options of `build_model` that the config names."""
+def model_from_config(config: TrainConfig, dataset: Dataset) -> nn.Module:
+    """The config's model, the data set's normaliser inside, initialised from config.seed."""
     own = dict(one_layer=dict(filters=config.filters), small_cnn=dict(bn=config.batch_norm),
                wide_resnet=dict(depth=config.depth),
                preact_resnet18=dict(shortcut=config.shortcut, final_bn=config.final_bn))
-    width = {"width": config.width} if config.width and config.model != "one_layer" else {}
-    return own.get(config.model, {}) | width
-
-
-def model_from_config(config: TrainConfig, dataset: Dataset) -> nn.Module:
-    """The config's model, the data set's normaliser inside, initialised from config.seed."""
-    options = model_options(config)
+    options = own.get(config.model, {})
+    if config.width and config.model != "one_layer":
+        options["width"] = config.width
     if config.normalize:
         options |= dict(mean=dataset.mean, std=dataset.std)
     shape = dataset.channels, len(dataset.classes), dataset.size
@@ -328,7 +325,8 @@ def _prepare(config: TrainConfig, dataset: Dataset | None, model: nn.Module | No
             config.dataset, config.data_dir or None, device, download=config.download,
             train_size=config.train_size, valid_size=config.valid_size,
             image_size=config.image_size or None)
-    monitor.check_further(dataset, config)
+    if config.autoattack_size:
+        check_autoattack(config.eps, len(dataset.classes))
     return config, dataset, environment(device, precision, why)
 
 

@@ -77,13 +77,9 @@ class Objective:
             loss = "kl" if self.natural else "ce"
             options |= dict(alpha=c.step_size, steps=c.steps, norm=c.norm, loss=loss)
             return attacks.pgd(model, x, y, c.eps, **options), None, None
-        if c.method != "fgsm":
-            options["alpha"] = c.step_size
-        if c.method == "n_fgsm":
-            options["k"] = c.k
-        if c.method == "zerograd":
-            options["q"] = c.q
-        return attacks.ATTACKS[c.method](model, x, y, c.eps, return_start=True, **options)
+        options |= dict(alpha=c.step_size, return_start=True)
+        options |= dict(n_fgsm=dict(k=c.k), zerograd=dict(q=c.q)).get(c.method, {})
+        return attacks.ATTACKS[c.method](model, x, y, c.eps, **options)
 
     def points(self, x: Tensor) -> Logits:
         """The images that the loss needs beside x*."""
@@ -126,24 +122,19 @@ class GradAlign:
     """
 
     def __init__(self, config: TrainConfig, model: nn.Module) -> None:
-        self.eps, self.norm, self.bn_mode = config.eps, config.norm, config.bn_mode
-        self.model = model
+        self.config, self.model = config, model
 
     def points(self, x: Tensor, x_adv: Tensor, rng: torch.Generator) -> Logits:
-        self.x, self.near = x, x + noise_in_ball(x, self.eps, self.norm, rng)
+        self.x, self.near = x, x + noise_in_ball(x, self.config.eps, self.config.norm, rng)
         return {}
 
-    def gradients(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """(grad l(x) detached, grad l(x + r) with its graph), flattened to (B, D)."""
-        with attack_mode(self.model, self.bn_mode):
-            at_x, _ = input_gradient(self.model, self.x, lambda f: cross_entropy(f, y))
+    def __call__(self, logits: Logits, y: Tensor) -> Tensor:
+        with attack_mode(self.model, self.config.bn_mode):
+            a, _ = input_gradient(self.model, self.x, lambda f: cross_entropy(f, y))
             near = self.near.detach().requires_grad_(True)
             loss = cross_entropy(self.model(near), y).sum()
-            at_near = torch.autograd.grad(loss, near, create_graph=True)[0]
-        return at_x.flatten(1), at_near.flatten(1)
-
-    def __call__(self, logits: Logits, y: Tensor) -> Tensor:
-        a, b = self.gradients(y)
+            b = torch.autograd.grad(loss, near, create_graph=True)[0]
+        a, b = a.flatten(1), b.flatten(1)
         alive = (a.norm(dim=1) > 0) & (b.detach().norm(dim=1) > 0)
         # ones keep NaN out of the cosine's backward pass
         a, b = (torch.where(alive[:, None], g, 1.0) for g in (a, b))

@@ -1,7 +1,6 @@
 """Data sets that live on the device as uint8; batches come out as floats in [0, 1].
 
-No code of a data file runs: torchvision opens CIFAR's pickles only after their checksums.
-"""
+No code of a data file runs: torchvision opens CIFAR's pickles only after their checksums."""
 
 import gzip
 import hashlib
@@ -241,8 +240,7 @@ def load_dataset(name: str = "fashion_mini", data_dir: str | os.PathLike | None 
         torchvision's files, and to download to. Without it: $DERKIT_DATA, then the usual places.
     train_size: class-balanced subset (0: all). valid_size: images held out of the training set
         with ``split_seed`` (the bundled set has its own). Test is for reporting only.
-    Raises DerkitError / DataError: unknown name, missing folder, unreadable image, wrong sizes.
-    """
+    Raises DerkitError / DataError: unknown name, missing folder, unreadable image, wrong sizes."""
     spec, source = SPECS.get(name), "bundled"
     if spec and image_size not in (None, 0, spec.size):
         raise DerkitError(f"image_size is for 'imagefolder:<path>'; {name} has size {spec.size}.")

@@ -1,7 +1,6 @@
 """Figures from records and arrays. Each function draws one figure, shows it and returns nothing.
 
-``save=`` also writes it. Lines differ in style and marker too, so that they read in greyscale.
-"""
+``save=`` also writes it. Lines differ in style and marker too, so that they read in greyscale."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -118,14 +118,8 @@ def load_runs(folder: str | os.PathLike) -> list[Run]:
     return [Run(path.parent) for path in sorted(Path(folder).glob("*/config.json"))]
 
 
-def label(train: dict[str, Any]) -> str:
-    """'rs_fgsm + der' for a run's training config."""
-    names = [train["method"], train["regularizer"]]
-    return " + ".join(name for name in names if name != "none")
-
-
 def load_records(name: str, root: Path | None = None) -> dict[str, list[Run]]:
-    """Committed runs of one suite by label (the suite's, else `label`), in the suite's order."""
+    """Committed runs of one suite in its order, by the suite's label, else such as 'pgd + der'."""
     root = root or records_folder()
     if not (root / name).is_dir():
         names = sorted(path.name for path in root.glob("*/"))
@@ -135,7 +129,9 @@ def load_records(name: str, root: Path | None = None) -> dict[str, list[Run]]:
     runs.sort(key=lambda run: (run.config.get("order", 0), run.config["train"]["seed"]))
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(run.config.get("label") or label(run.config["train"]), []).append(run)
+        parts = run.config["train"]["method"], run.config["train"]["regularizer"]
+        label = run.config.get("label") or " + ".join(parts).removesuffix(" + none")
+        groups.setdefault(label, []).append(run)
     return groups
 
 

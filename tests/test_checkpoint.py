@@ -114,23 +114,6 @@ def test_custom_module(tmp_path):
     assert load_checkpoint(path)["variant"] == "custom"
 
 
-def test_resume_state_round_trip(tmp_path, trained):
-    state = dict(model=trained.state_dict(), rows=[{"a": None}], best=0.5)
-    checkpoint.save_state(tmp_path / "last.pt", state)
-    again = load_state(tmp_path / "last.pt")
-    assert state_hash(again.pop("model")) == state_hash(state.pop("model")) and again == state
-
-
-def test_the_bundled_extractor_is_no_classifier():
-    path = Path(__file__).resolve().parents[1] / "derkit/assets/extractor_fashion.safetensors"
-    content = load_checkpoint(path)
-    assert content["spec"]["name"] == content["variant"] == "extractor"
-    assert content["sha256"].startswith("c1fedbe1") and content["config"]["adversarial"] is False
-    assert {t.dtype for t in content["state"].values()} == {torch.float16}
-    with pytest.raises(CheckpointError, match=r"\(extractor\) does not fit the model"):
-        load_model(path)
-
-
 def test_reference_models(tmp_path):
     """Small files that say what they are, and still reach the accuracy that they name."""
     table = checkpoint.pretrained()

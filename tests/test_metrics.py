@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from derkit.checkpoint import load_checkpoint, save_checkpoint
+from derkit.checkpoint import load_checkpoint, load_model, save_checkpoint
 from derkit.data import to_float
 from derkit.generation import extractor as extractors
 from derkit.generation import metrics
@@ -37,6 +37,8 @@ def test_the_shipped_extractor(judge, mini):
     accuracy = judge.info["accuracy"]["test"]  # of 10,000 images; 1,000 are three errors away
     assert right.double().mean().item() == pytest.approx(accuracy, abs=0.04)
     assert variances(judge.net, mini.train.floats(0, 500)) == pytest.approx([1, 1], rel=0.15)
+    with pytest.raises(CheckpointError, match=r"\(extractor\) does not fit the model"):
+        load_model(judge.path)
     before = dict(package.registry.FEATURE_EXTRACTORS_REGISTRY)
     assert extractor_for("fashion_mini").name == judge.name, "registered twice: nothing happens"
     assert before == package.registry.FEATURE_EXTRACTORS_REGISTRY

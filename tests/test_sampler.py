@@ -16,13 +16,6 @@ from derkit.generation.sampler import energy_targets, guided_energy, reference_e
 from derkit.util import DerkitError
 
 
-@pytest.fixture(scope="module")
-def some(mini):
-    """40 training images of each class."""
-    index = torch.cat([(mini.train.labels == c).nonzero().squeeze(1)[:40] for c in range(10)])
-    return replace(mini, train=mini.train.take(index), sha256="some")
-
-
 @pytest.fixture
 def job(trained, some):
     """A prepared generation from the trained toy net: local PCA, quantile stop."""

@@ -16,13 +16,6 @@ from derkit.util import DerkitError
 NAMES = get_args(GenerateConfig.model_fields["init"].annotation)
 
 
-@pytest.fixture(scope="module")
-def some(mini):
-    """40 training images of each class."""
-    index = torch.cat([(mini.train.labels == c).nonzero().squeeze(1)[:40] for c in range(10)])
-    return replace(mini, train=mini.train.take(index), sha256="some")
-
-
 def draw(n, first=0, seed=0, candidate=0):
     index = torch.arange(first, first + n)
     return Draw(index, index % 10, index // 10, seed, candidate)

@@ -1,7 +1,4 @@
-"""What an attack does to energies: of many images at once, and along its path.
-
-Functions of a model return arrays for `derkit.plots`.
-"""
+"""What an attack does to energies, of many images and along its path, as arrays for plots."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +13,8 @@ from derkit.attacks import attack_mode, choose_targets
 from derkit.data import Split
 from derkit.diagnosis.evaluation import attack_split, pgd_attack, predict
 
-STANDARD_ATTACKS = {  # options of `attacks.pgd`; alpha_share: the step in units of eps
-    "FGSM": dict(steps=1, random_start=False, alpha_share=1.0),
+STANDARD_ATTACKS = {  # options of `attacks.pgd`
+    "FGSM": dict(steps=1, random_start=False, decay=True),  # a step of 2 eps, cut to the ball
     "PGD": dict(steps=20),
     "PGD, KL": dict(steps=20, loss="kl"),
     "PGD, margin": dict(steps=20, loss="margin"),
@@ -51,9 +48,6 @@ def attack_energies(model: nn.Module, split: Split, eps: float, attack: str = "P
                     **options) -> AttackEnergies:
     """Energies under one of STANDARD_ATTACKS (or any name, with PGD options given)."""
     options = STANDARD_ATTACKS.get(attack, {}) | options
-    share = options.pop("alpha_share", None)
-    if share:
-        options["alpha"] = share * eps
     nat = predict(model, split)
     _, adv = attack_split(model, split, pgd_attack(eps, **options), seed)
     marginal = [_array(energy.marginal_energy(logits)) for logits in (nat, adv)]
@@ -79,10 +73,8 @@ def energy_table(results: Sequence[AttackEnergies]) -> pd.DataFrame:
 
 def detection_roc(natural: np.ndarray, adversarial: np.ndarray,
                   points: int = 201) -> tuple[np.ndarray, np.ndarray, float]:
-    """ROC of a detector that calls low scores adversarial: (false, true positive rates, AUC).
-
-    AUC is the exact Mann-Whitney value (ties count half); below 0.5 adversarial scores are higher.
-    """
+    """ROC of a detector that calls low scores adversarial: (false, true positive rates, AUC), AUC
+    exact (Mann-Whitney, ties count half); below 0.5 adversarial scores are higher."""
     levels = np.quantile(np.concatenate([natural, adversarial]), np.linspace(0, 1, points))
     levels = np.concatenate([[-np.inf], levels, [np.inf]])
     natural, adversarial = np.sort(natural), np.sort(adversarial)

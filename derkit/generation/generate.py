@@ -2,8 +2,7 @@
 
 A folder holds manifest.json (what is made), shards part_00000.npz with their seconds in
 part_00000.json, and at the end summary.json. A shard that is whole and of the right numbers is
-kept. In memory the same shards and batches are made, so that the images are the same.
-"""
+kept. In memory the same shards and batches are made, so that the images are the same."""
 
 import contextlib
 import copy
@@ -154,7 +153,12 @@ def prepare(model: nn.Module, dataset: Dataset, config: GenerateConfig | None = 
     model = copy.deepcopy(model).to(dtype=dtype, memory_format=images_format(model))
     pool = fit_pool(dataset, classes, config, dtype)
     reference = sampler.reference_energies(model, dataset, config.reference)
-    reference.require(config, classes, dataset.classes)
+    none = [dataset.classes[c] for c in classes if not reference.counts[c]]
+    if none and (config.stop != "fixed" or config.best_of > 1):
+        why = f"best_of={config.best_of}" if config.stop == "fixed" else f"stop={config.stop}"
+        raise DerkitError(f"{why} needs real energies, but the model gets no {config.reference} "
+                          f"image of class {none[0]!r} right. Use stop=fixed with best_of=1, "
+                          "another classifier, or classes=... without it.")
     name = models.describe(model.spec) if hasattr(model, "spec") else type(model).__name__
     manifest = dict(config=config.as_dict(), seed=config.seed, model=name, model_sha256=sha256,
                     dataset=dataset.name, source=dataset.source, data_sha256=dataset.sha256,

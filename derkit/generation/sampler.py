@@ -8,7 +8,6 @@ to the sample's global index: a result does not depend on the batch, up to the n
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,23 +30,11 @@ class Reference:
     joint: Tensor  # (M,) float64: E(x, y), sorted inside each class, the classes end to end
     start: Tensor  # (K + 1,): class c is joint[start[c] : start[c + 1]]
 
-    @property
-    def counts(self) -> Tensor:
-        """Correctly classified images of each class, (K,)."""
-        return self.start.diff()
+    counts = property(lambda self: self.start.diff())  # (K,) images of each class
 
     def of(self, c: int) -> Tensor:
         """The sorted energies of class c."""
         return self.joint[self.start[c] : self.start[c + 1]]
-
-    def require(self, config: GenerateConfig, classes: list[int], names: list[str]) -> None:
-        """Raise DerkitError if the config needs energies of a class that has none."""
-        none = [names[c] for c in classes if not self.counts[c]]
-        if none and (config.stop != "fixed" or config.best_of > 1):
-            why = f"best_of={config.best_of}" if config.stop == "fixed" else f"stop={config.stop}"
-            raise DerkitError(f"{why} needs real energies, but the model gets no {config.reference}"
-                              f" image of class {none[0]!r} right. Use stop=fixed with best_of=1, "
-                              "another classifier, or classes=... without it.")  # fmt: skip
 
 
 def reference_energies(model: nn.Module, dataset: Dataset, split: str = "train") -> Reference:
@@ -90,38 +77,30 @@ def energy_targets(reference: Reference, index: Tensor, labels: Tensor,
     return torch.lerp(joint[low], joint[torch.minimum(low + 1, last)], place - low)
 
 
-class Limits(NamedTuple):
-    """What chains are held against, (B,) float64 each, NaN without real energies."""
-
-    target: Tensor  # e*
-    mean: Tensor  # of the class's real E(x, y)
-    std: Tensor
-
-
 def _limits(reference: Reference | None, index: Tensor, labels: Tensor,
-            config: GenerateConfig) -> Limits:  # fmt: skip
+            config: GenerateConfig) -> Tensor:  # fmt: skip
+    """What chains are held against, (3, B) float64, NaN without real energies: e*, mean and
+    standard deviation of the class's real E(x, y)."""
     if reference is not None and (reference.counts[labels] > 0).all():
         classes = [reference.of(c) for c in range(len(reference.counts))]
         mean = torch.stack([e.mean() for e in classes])
         variance = torch.stack([(e - e.mean()).square().sum() / (len(e) - 1) for e in classes])
         target = energy_targets(reference, index, labels, config)
-        return Limits(target, mean[labels], variance.sqrt()[labels])
+        return torch.stack([target, mean[labels], variance.sqrt()[labels]])
     if config.stop != "fixed":
         raise DerkitError(f"stop={config.stop} needs real energies: pass reference_energies(...).")
-    none = torch.full_like(labels, torch.nan, dtype=torch.float64)
-    return Limits(none, none, none)
+    return labels.new_full((3, len(labels)), torch.nan, dtype=torch.float64)
 
 
-def _ended(values: Tensor, limits: Limits, step: int, config: GenerateConfig) -> Tensor:
+def _ended(values: Tensor, limits: Tensor, step: int, config: GenerateConfig) -> Tensor:
     """Which chains end, given their readings (3, B) after ``step`` steps.
 
     fixed: none. mean_band: (E(x, y) - mean of the class)^2 is small (ECCV'24, width not stated; a
-    step may jump over). quantile: down at the energy of a real image (one-sided, our reading).
-    """
-    joint, _, prob = values
+    step may jump over). quantile: down at the energy of a real image (one-sided, our reading)."""
+    (joint, _, prob), (target, mean, std) = values, limits
     stop = {"fixed": torch.zeros_like(joint, dtype=torch.bool),
-            "mean_band": (joint - limits.mean).abs() < config.band * limits.std,
-            "quantile": joint <= limits.target}[config.stop]
+            "mean_band": (joint - mean).abs() < config.band * std,
+            "quantile": joint <= target}[config.stop]
     return stop & (prob >= config.p_min) & (step >= config.min_steps)
 
 
@@ -194,7 +173,7 @@ def sample(model: nn.Module, x0: Tensor, labels: Tensor, index: Tensor, config: 
     moving = torch.ones_like(rows, dtype=torch.bool)
     x, v = x0.contiguous(memory_format=memory), torch.zeros_like(x0)
     out, steps = x0.clone(), torch.full_like(labels, config.steps)  # of all chains
-    path = limits.target.new_full((config.steps + 1, 3, n), torch.nan)  # readings at every step
+    path = limits.new_full((config.steps + 1, 3, n), torch.nan)  # readings at every step
     frames = {}
     same = cudnn.flags(enabled=cudnn.enabled, deterministic=True, allow_tf32=False)  # every time
     with attack_mode(model), autocast(x0.device, config.precision), same:
@@ -203,8 +182,7 @@ def sample(model: nn.Module, x0: Tensor, labels: Tensor, index: Tensor, config: 
             grad, logits = input_gradient(model, x, lambda f, y=y: guided_energy(f, y, config.w))
             values = readings(logits, y)
             path[t][:, rows[moving]] = values[:, moving]
-            mine = Limits(*(limit[rows] for limit in limits))
-            ended = moving & _ended(values, mine, t, config)
+            ended = moving & _ended(values, limits[:, rows], t, config)
             steps[rows[ended]] = t
             moving = moving & ~ended
             if not moving.any():
@@ -228,5 +206,5 @@ def sample(model: nn.Module, x0: Tensor, labels: Tensor, index: Tensor, config: 
     if frames_every:
         frames[int(steps.max())] = out
     film = torch.stack(list(frames.values())) if frames_every else None
-    return Chains(out, x0, labels, index, limits.target, steps, reached, path[0], end,
+    return Chains(out, x0, labels, index, limits[0], steps, reached, path[0], end,
                   path if trace else None, film, list(frames))  # fmt: skip

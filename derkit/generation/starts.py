@@ -172,8 +172,7 @@ def pca_published(draw: Draw, pool: Pool, config: GenerateConfig) -> Tensor:
     a_i ~ N(0, 0.005^2), s_i singular values, without the component that reaches ``retained``.
 
     As s_i = sqrt(n_c - 1) std_i, that is 0.005 sqrt(4999) = 0.354 class standard deviations on
-    CIFAR-10, and would be another spread at another class size: this kit keeps 0.354 for all.
-    """
+    CIFAR-10, and would be another spread at another class size: this kit keeps 0.354 for all."""
     fits = {c: ClassPCA(fit.mean, fit.directions[:-1], fit.std[:-1]) for c, fit in pool.pca.items()}
     return pca(draw, pool._replace(pca=fits), config.change(scale=PUBLISHED_SCALE))
 
@@ -184,8 +183,7 @@ def local_pca(draw: Draw, pool: Pool, config: GenerateConfig) -> Tensor:
         anchor a ~ class c, N = its k nearest neighbours in class-PCA coordinates, m = their mean
         x0 = m + tau / sqrt(k - 1) sum_j g_j (N_j - m),  g ~ N(0, I_k)
 
-    exactly N(m, tau^2 S_local). Small k and tau: near copies; large k: the class Gaussian.
-    """
+    exactly N(m, tau^2 S_local). Small k and tau: near copies; large k: the class Gaussian."""
     mean, deviation = local_parts(draw, pool, config)
     return mean + config.tau * deviation
 

@@ -56,10 +56,8 @@ def _probe_signals(model: nn.Module, probe: Split, config: TrainConfig, whole: b
 
 def epoch_evaluation(model: nn.Module, dataset: Dataset, config: TrainConfig,
                      epoch: int) -> dict[str, float]:
-    """The record of an epoch: accuracies on validation and probe images, energies, signals.
-
-    The probe: the first ``probe_size`` training images, the same in every epoch.
-    """
+    """The record of an epoch: accuracies on validation and probe images, energies, signals. The
+    probe: the first ``probe_size`` training images, the same in every epoch."""
     probe = dataset.train.take(slice(config.probe_size))
     parts = {"valid": dataset.valid.take(slice(config.eval_size)), "probe": probe}
     record = {f"{name}_{key}": value for name, split in parts.items()
@@ -69,7 +67,6 @@ def epoch_evaluation(model: nn.Module, dataset: Dataset, config: TrainConfig,
     return {name: round(value, 6) for name, value in record.items()}
 
 
-# ----------------------------------------------------------------------------- at the end of a run
 def lacking(known: dict[str, Any], dataset: Dataset, config: TrainConfig,
             best: bool = False) -> dict[str, Split]:
     """What the config asks of this epoch and ``known`` has not, or on fewer: name -> images."""
@@ -83,11 +80,9 @@ def lacking(known: dict[str, Any], dataset: Dataset, config: TrainConfig,
 
 def final_evaluation(model: nn.Module, dataset: Dataset, config: TrainConfig,
                      known: dict[str, Any] | None = None, best: bool = False) -> dict[str, Any]:
-    """Test accuracies, each with its number of images, and the energies that PGD moves.
-
-    Clean, FGSM, PGD; as far as asked for the strong suite, PGD-50-10, AutoAttack. All run in the
-    precision of the weights, BatchNorm in eval mode. ``known``: results that are kept.
-    """
+    """Test accuracies, each with its number of images, and the energies that PGD moves: clean,
+    FGSM, PGD; as far as asked for the strong suite, PGD-50-10, AutoAttack. All run in the precision
+    of the weights, BatchNorm in eval mode. ``known``: results that are kept."""
     out, eps, norm = dict(known or {}), config.eps, config.norm
     parts = lacking(out, dataset, config, best)
     if test := parts.get("images"):

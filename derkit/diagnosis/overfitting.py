@@ -107,12 +107,9 @@ def co_alarms(run: Run) -> pd.DataFrame:
     for name in SIGNALS:
         alarm = first_alarm(run.epochs, name)
         lead = onset - alarm if onset and alarm else None
-        if lead is not None:
-            verdict = "ahead" if lead > 0 else "late" if lead < 0 else "with"
-        elif alarm:
-            verdict = "false alarm"
-        else:
-            verdict = "missed" if onset else "quiet"
+        verdict = "missed" if onset else "quiet"
+        if alarm:
+            verdict = {1: "ahead", 0: "with", -1: "late"}[np.sign(lead)] if onset else "false alarm"
         rows.append((name, alarm, onset, lead, verdict))
     table = pd.DataFrame(rows, columns=["signal", "alarm", "onset", "lead", "verdict"])
     return table.astype({"alarm": "Int64", "onset": "Int64", "lead": "Int64"})

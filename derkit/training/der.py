@@ -63,16 +63,19 @@ class DER:
             points["near"] = x + noise_in_ball(x, self.config.eps, self.config.norm, rng)
         return points
 
-    def __call__(self, logits: Logits, y: Tensor) -> Tensor:
-        """Mean over the batch or, with a mask, over its abnormal examples (0 without any)."""
+    def penalties(self, logits: Logits, y: Tensor) -> Tensor:
+        """The form's value for every sample, (B,)."""
         nat, form = logits["nat"], self.config.variant
         if form == "norm":
-            values = norm(nat, logits["adv"], y, self.config.gamma)
-        elif form == "marginal":
-            values = marginal(nat, logits["adv"])
-        else:
-            values = segment(nat, logits["mid"]) if form == "segment" else ball(nat, logits["near"])
+            return norm(nat, logits["adv"], y, self.config.gamma)
+        if form == "marginal":
+            return marginal(nat, logits["adv"])
+        return segment(nat, logits["mid"]) if form == "segment" else ball(nat, logits["near"])
+
+    def __call__(self, logits: Logits, y: Tensor) -> Tensor:
+        """Mean over the batch or, with a mask, over its abnormal examples (0 without any)."""
+        values = self.penalties(logits, y)
         if not self.config.masked:
             return values.mean()
-        chosen = abnormal_mask(nat, logits["adv"], y)
+        chosen = abnormal_mask(logits["nat"], logits["adv"], y)
         return torch.where(chosen, values, 0.0).sum() / chosen.sum().clamp_min(1)

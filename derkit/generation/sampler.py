@@ -30,7 +30,7 @@ class Reference:
     joint: Tensor  # (M,) float64: E(x, y), sorted inside each class, the classes end to end
     start: Tensor  # (K + 1,): class c is joint[start[c] : start[c + 1]]
 
-    counts = property(lambda self: self.start.diff())  # (K,) images of each class
+    counts = property(lambda self: self.start.diff())  # (K,): that many images of each class
 
     def of(self, c: int) -> Tensor:
         """The sorted energies of class c."""

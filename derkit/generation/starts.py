@@ -210,4 +210,4 @@ def noisy_images(draw: Draw, pool: Pool, config: GenerateConfig) -> Tensor:
 
 INITS = dict(uniform=uniform, class_gaussian=class_gaussian, pca_published=pca_published, pca=pca,
              local_pca=local_pca, noisy_images=noisy_images)
-FITS = dict(pca_published="pca", pca="pca", local_pca="near")  # what those need that need one
+FITS = dict(pca_published="pca", pca="pca", local_pca="near")  # inits that work on a fit

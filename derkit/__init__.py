@@ -1,7 +1,6 @@
 """derkit: energies of classifiers, adversarial training with DER, its diagnosis, and generation.
 
-A kit for "Understanding Adversarial Training with Energy-based Models" (arXiv 2505.22486).
-"""
+A kit for "Understanding Adversarial Training with Energy-based Models" (arXiv 2505.22486)."""
 
 from derkit.attacks import fgsm, n_fgsm, pgd, rs_fgsm
 from derkit.checkpoint import load_checkpoint, load_model, load_pretrained, pretrained

@@ -20,13 +20,14 @@ from derkit import util
 from derkit.checkpoint import load_checkpoint, load_model, state_hash
 from derkit.config import PRESETS, Config, GenerateConfig, TrainConfig
 from derkit.data import load_dataset
+from derkit.diagnosis.evaluation import check_autoattack
 from derkit.diagnosis.overfitting import summary
 from derkit.generation.extractor import extractor_for, inception
 from derkit.generation.generate import generate, load_samples
 from derkit.generation.metrics import metrics_table
 from derkit.records import grid
 from derkit.training.loop import train
-from derkit.training.monitor import check_further, final_evaluation
+from derkit.training.monitor import final_evaluation
 from derkit.util import DerkitError
 
 SOURCE = dict(checkpoint="a run's final.safetensors or best.safetensors", data_dir="of the data",
@@ -109,7 +110,8 @@ def run_evaluate(argv: Sequence[str]) -> None:
         eps=flags.get("eps", trained.eps), alpha=util.AUTO, final_size=flags.get("images", 1000),
         strong_size=flags.get("strong", 200), pgd50_size=flags.get("pgd50", 0),
         autoattack_size=flags.get("autoattack", 0))
-    check_further(dataset, config)
+    if config.autoattack_size:
+        check_autoattack(config.eps, len(dataset.classes))
     found = {"eps": config.eps, "norm": config.norm} | final_evaluation(model, dataset, config)
     print(json.dumps(found, indent=1))
 

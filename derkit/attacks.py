@@ -3,10 +3,7 @@
 Gradients are taken with respect to x only (`torch.autograd.grad`): parameter gradients are
 untouched. ``bn_mode`` says how BatchNorm behaves during the attack and is part of every record:
 ``'eval'`` uses the running statistics, ``'train'`` those of the batch, and in both cases neither
-the statistics nor any module's mode is changed afterwards. Dropout is off inside an attack.
-"""
-
-from __future__ import annotations
+the statistics nor any module's mode is changed afterwards. Dropout is off inside an attack."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -49,7 +46,6 @@ def kl(logits: Tensor, log_p: Tensor) -> Tensor:
 LOSSES = {"ce": cross_entropy, "kl": kl, "margin": margin, "dlr": dlr}
 
 
-# ------------------------------------------------------------------------------ checks and state
 def check_batch(x: Tensor, y: Tensor, model: nn.Module | None = None) -> None:
     """DerkitError unless x is a float batch in [0, 1] and y holds classes. Costs a host sync."""
     if x.ndim != 4 or not x.is_floating_point():
@@ -81,10 +77,8 @@ def check_eps(eps: float, norm: str = "linf") -> float:
 
 @contextmanager
 def attack_mode(model: nn.Module, bn_mode: str = "eval") -> Iterator[None]:
-    """Put the model into attack mode, and restore every module's mode and state afterwards.
-
-    'train': BatchNorm takes the statistics of the batch and leaves its running ones alone.
-    """
+    """Put the model into attack mode, and restore every module's mode and state afterwards. In
+    'train' BatchNorm takes the statistics of the batch and leaves its running ones alone."""
     if bn_mode not in BN_MODES:
         raise DerkitError(f"bn_mode must be one of {BN_MODES}, found {bn_mode!r}.")
     before = [(m, name, getattr(m, name)) for m in model.modules()
@@ -132,7 +126,6 @@ def noise_in_ball(x: Tensor, eps: float, norm: str = "linf", generator: Generato
     return eps * r ** (1 / x[0].numel()) * g / _lengths(g)
 
 
-# ----------------------------------------------------------------------------------- single-step
 def _single_step(model: nn.Module, x: Tensor, y: Tensor, eps: float, step: float, noise: float = 0,
                  projected: bool = True, q: float = 0, *, alpha: float | None = None,
                  bn_mode: str = "eval", generator: Generator = None, check: bool = True,
@@ -160,8 +153,7 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float, **options):
     """FGSM: clip(x + eps sign(grad CE(x)), 0, 1) (Goodfellow et al., arXiv 1412.6572).
 
     Options of all single steps: alpha (step size), bn_mode='eval', generator=None, check=True,
-    return_start=False (True: also the start and its logits, which the gradient needed anyway).
-    """
+    return_start=False (True: also the start and its logits, which the gradient needed anyway)."""
     return _single_step(model, x, y, eps, step=1, **options)
 
 
@@ -183,7 +175,6 @@ def zerograd(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, q: float = 0
     return _single_step(model, x, y, eps, step=2, noise=1, q=q, **options)
 
 
-# ------------------------------------------------------------------------------------------- PGD
 def choose_targets(logits: Tensor, y: Tensor, targets: Tensor | str, generator: Generator = None):
     """Target classes (B,): a given tensor, 'least_likely' by the logits, or 'random' wrong ones."""
     if isinstance(targets, Tensor):
@@ -241,8 +232,7 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: float | None 
     targeted: towards ``targets`` ('least_likely', 'random' or a tensor) instead of away from y.
     restarts: an image counts as fooled if ANY restart fools the model; else the highest loss.
     any_iterate: also accept a success at any intermediate step (a stronger evaluation).
-    Returns x* (B, C, H, W) in [0, 1] and within eps of x. Raises DerkitError on bad arguments.
-    """
+    Returns x* (B, C, H, W) in [0, 1] and within eps of x. Raises DerkitError on bad arguments."""
     pick("attack loss", loss, LOSSES)
     check_eps(eps, norm)
     if norm not in NORMS:

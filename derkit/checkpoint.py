@@ -106,9 +106,8 @@ def pretrained() -> pd.DataFrame:
 
 
 def load_pretrained(name: str, device: str | torch.device = "cpu") -> nn.Module:
-    """A model that comes with the kit (`pretrained`), in eval mode and float32.
-
-    Its weights are stored in half precision. Raises DerkitError for a name that there is not."""
+    """A model that comes with the kit (`pretrained`), in eval mode and float32 (stored in half
+    precision). Raises DerkitError for a name that there is not."""
     pick("model", name, dict.fromkeys(pretrained().index))
     return load_model(ASSETS / f"model-{name}.safetensors", device=device).float()
 

@@ -1,7 +1,6 @@
 """The configurations of training and generation: typed, checked, one help text per field.
 
-Values may be text, as of shells ('8/255', 'true', '1e3'). Every bad value is one DerkitError.
-"""
+Values may be text, as of shells ('8/255', 'true', '1e3'). Every bad value is one DerkitError."""
 
 import hashlib
 import json
@@ -43,7 +42,6 @@ Model = Literal["one_layer", "small_cnn", "preact_resnet18", "wide_resnet", "cus
 Method = Literal["standard", "fgsm", "rs_fgsm", "n_fgsm", "zerograd", "pgd", "trades", "weat"]
 Regularizer = Literal["none", "der", "gradalign", "elle", "aaer"]
 Variant = Literal["norm", "marginal", "segment", "ball"]
-Optimizer = Literal["sgd", "adam"]
 Schedule = Literal["piecewise", "triangular", "cosine", "onecycle", "constant"]
 Init = Literal["uniform", "class_gaussian", "pca_published", "pca", "local_pca", "noisy_images"]
 Precision = Literal["auto", "fp32", "fp64", "bf16", "fp16"]
@@ -165,7 +163,7 @@ class TrainConfig(Config):
     lr: Amount = option(0.1, "peak learning rate (Rice: 0.1, Wong: 0.2, GradAlign: 0.3)")
     schedule: Schedule = option("onecycle", "of the learning rate (Rice: piecewise)")
     peak: Share = option(0.25, "share at which onecycle and triangular peak (Wong: 0.5)")
-    optimizer: Optimizer = option("sgd", "sgd with momentum, or adam")
+    optimizer: Literal["sgd", "adam"] = option("sgd", "sgd with momentum, or adam")
     momentum: Decay = option(0.9, "of sgd (published: 0.9)")
     weight_decay: Amount = option(5e-4, "times the weights, onto gradients (published: 5e-4)")
     clip: Amount = option(0.0, "largest gradient norm; 0 = no clipping")

@@ -1,9 +1,6 @@
 """Data sets that live on the device as uint8; batches come out as floats in [0, 1].
 
-No code of a data file runs: torchvision opens CIFAR's pickles only after their checksums.
-"""
-
-from __future__ import annotations
+No code of a data file runs: torchvision opens CIFAR's pickles only after their checksums."""
 
 import gzip
 import hashlib
@@ -16,6 +13,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -25,7 +23,7 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from derkit.util import DataError, DerkitError, atomic_write, home, progress, unknown
+from derkit.util import DataError, DerkitError, cached, home, progress, unknown
 
 Arrays = tuple[np.ndarray, np.ndarray]  # images (N, C, H, W) uint8, labels (N,)
 AUGMENTATIONS = ("none", "flip", "crop", "crop_flip", "crop_reflect_flip")
@@ -60,7 +58,7 @@ class Split:
         """Images [start:stop] as floats in [0, 1]."""
         return to_float(self.images[start:stop], dtype)
 
-    def take(self, index: Tensor | slice) -> Split:
+    def take(self, index: Tensor | slice) -> Self:
         """The split restricted to an index tensor or slice."""
         return Split(self.images[index], self.labels[index])
 
@@ -140,23 +138,21 @@ def _read_folder(folder: Path, spec: Spec) -> Arrays:
         raise DataError(f"{folder} needs <class>/*.jpg|png: {error}.") from error
     files, labels = zip(*sorted(found, key=lambda pair: pair[1]), strict=True)
     key = [(Path(f).parts[-2:], os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
-    digest = hashlib.sha256(repr((spec.channels, spec.size, key)).encode()).hexdigest()
-    cache, images = home() / "cache" / f"folders-{digest[:16]}.npy", []
-    with suppress(OSError, ValueError, EOFError):  # a broken cache is read anew
-        return np.load(cache, allow_pickle=False), labels
-    for file in progress(files, f"reading {folder.parent.name}/{folder.name}"):
+
+    def decode(file: str) -> np.ndarray:
         try:
             with Image.open(file) as image:
                 image = image.convert("L" if spec.channels == 1 else "RGB")
                 image = ImageOps.fit(image, (spec.size, spec.size), Image.Resampling.BICUBIC)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"cannot read image {file}: {error}. Delete or replace it.") from error
-        images.append(np.atleast_3d(image).transpose(2, 0, 1))
-    images = np.stack(images)
-    np.save(buffer := BytesIO(), images)
-    with suppress(OSError):  # a cache that cannot be written is skipped
-        atomic_write(cache, buffer.getvalue())
-    return images, labels
+        return np.atleast_3d(image).transpose(2, 0, 1)
+
+    def read() -> Tensor:
+        bar = progress(files, f"reading {folder.parent.name}/{folder.name}")
+        return torch.from_numpy(np.stack([decode(file) for file in bar]))
+
+    return cached("folders", (spec.channels, spec.size, key), read)[0].numpy(), labels
 
 
 def read_idx_folder(folder: Path) -> dict[str, Arrays] | None:
@@ -244,8 +240,7 @@ def load_dataset(name: str = "fashion_mini", data_dir: str | os.PathLike | None 
         torchvision's files, and to download to. Without it: $DERKIT_DATA, then the usual places.
     train_size: class-balanced subset (0: all). valid_size: images held out of the training set
         with ``split_seed`` (the bundled set has its own). Test is for reporting only.
-    Raises DerkitError / DataError: unknown name, missing folder, unreadable image, wrong sizes.
-    """
+    Raises DerkitError / DataError: unknown name, missing folder, unreadable image, wrong sizes."""
     spec, source = SPECS.get(name), "bundled"
     if spec and image_size not in (None, 0, spec.size):
         raise DerkitError(f"image_size is for 'imagefolder:<path>'; {name} has size {spec.size}.")

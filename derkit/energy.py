@@ -11,8 +11,6 @@ Logits are (B, K), labels (B,), every result is (B,) unless said. Half-precision
 to float32 first: energies are differences of large numbers. float32 and float64 stay as they are.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -39,31 +37,22 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def delta_energy(logits: Tensor, logits_adv: Tensor, labels: Tensor | None = None) -> Tensor:
-    """Delta energy, natural minus adversarial (the sign of arXiv 2505.22486).
-
-    Without labels dE(x) = E(x) - E(x*); with labels dE(x, y) = E(x, y) - E(x*, y).
-    An attack that lowers the energy gives dE > 0.
-    """
+    """dE(x) = E(x) - E(x*), with labels dE(x, y) = E(x, y) - E(x*, y): natural minus adversarial,
+    so that an attack that lowers the energy gives dE > 0 (the sign of arXiv 2505.22486)."""
     if labels is None:
         return marginal_energy(logits) - marginal_energy(logits_adv)
     return joint_energy(logits, labels) - joint_energy(logits_adv, labels)
 
 
 def abnormal_mask(logits_start: Tensor, logits_adv: Tensor, labels: Tensor) -> Tensor:
-    """Abnormal adversarial examples (AAE, arXiv 2404.08154): the attack ended on a lower loss.
-
-    ``logits_start`` are those of the attack's starting point: x itself, or the noisy point. For
-    x itself this is the same as dE(x) < dE(x, y). Returns a bool mask; ties are normal.
-    """
+    """Abnormal adversarial examples (AAE, arXiv 2404.08154), bool: the attack ended on a lower loss
+    than it had at its start, x itself (then dE(x) < dE(x, y)) or a noisy point. Ties are normal."""
     return cross_entropy(logits_adv, labels) < cross_entropy(logits_start, labels)
 
 
 def trades_decomposition(logits: Tensor, logits_adv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """KL(p(.|x) || p(.|x*)) in energies (arXiv 2407.06315): (kl, conditional, marginal).
-
-    kl = conditional + marginal, with conditional = sum_k p_k(x) [E(x*, k) - E(x, k)] and
-    marginal = E(x) - E(x*) = dE(x).
-    """
+    """(kl, conditional, marginal): KL(p(.|x) || p(.|x*)) in energies (arXiv 2407.06315), the sum of
+    sum_k p_k(x) [E(x*, k) - E(x, k)] and E(x) - E(x*) = dE(x)."""
     f, g = upcast(logits), upcast(logits_adv)
     conditional = (f.softmax(1) * (f - g)).sum(1)  # E(x*, k) - E(x, k) = f_k(x) - f_k(x*)
     marginal = delta_energy(logits, logits_adv)

@@ -79,9 +79,8 @@ class PreActBlock(nn.Module):
 
 
 class PreActNet(nn.Module):
-    """Stem, stages of ``blocks`` pre-activation blocks, perhaps a last BN-ReLU, mean, linear layer.
-
-    stem, widths: channels after the stem and of each stage; all but the first start with stride 2.
+    """Stem, stages of ``blocks`` pre-activation blocks (all but the first start with stride 2),
+    perhaps a last BN-ReLU, mean, linear layer. stem, widths: channels after it, and of each stage.
     """
 
     def __init__(self, channels: int, classes: int, stem: int, widths: Sequence[int], blocks: int,
@@ -103,11 +102,9 @@ class PreActNet(nn.Module):
 
 
 class PreActResNet(PreActNet):
-    """PreActResNet-18, a name that public code gives to three networks; two switches tell which.
-
+    """PreActResNet-18, a name that public code gives to three networks; two switches tell which:
     ``shortcut='bn', final_bn=True``: robust_overfitting (Rice et al.). ``'x', True``:
-    fast_adversarial, N-FGSM. ``'x', False``: understanding-fast-adv-training (GradAlign).
-    """
+    fast_adversarial, N-FGSM. ``'x', False``: understanding-fast-adv-training (GradAlign)."""
 
     def __init__(self, channels: int, classes: int, size: int, width: int = 64,
                  shortcut: str = "bn", final_bn: bool = True) -> None:
@@ -139,8 +136,7 @@ def build_model(name: str, channels: int, classes: int, size: int,
     """A model by name as Sequential(Normalize, net): (B, C, H, W) in [0, 1] to logits (B, classes).
 
     The model carries ``spec``, a plain dict that rebuilds it (stored in checkpoints).
-    Raises DerkitError for an unknown name or an option that the model does not have.
-    """
+    Raises DerkitError for an unknown name or an option that the model does not have."""
     net = pick("model", name, MODELS)
     for key in options:
         if key not in OPTIONS[name]:
@@ -171,8 +167,3 @@ def describe(spec: dict) -> str:
     """The variant in words, for records and captions: 'preact_resnet18(shortcut=bn, width=64)'."""
     inside = ", ".join(f"{k}={v}" for k, v in spec.items() if k in OPTIONS.get(spec["name"], ()))
     return f"{spec['name']}({inside})" if inside else spec["name"]
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of trainable parameters."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)

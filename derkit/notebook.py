@@ -1,7 +1,5 @@
 """What every notebook needs: its parameters, checked; a line on the machine; PASS lines; tables."""
 
-from __future__ import annotations
-
 import ast
 import sys
 from collections.abc import Callable, Sequence
@@ -25,22 +23,15 @@ KINDS = {"int": (int, "a whole number"), "float": (float, "a number"), "str": (s
          "bool": (bool, "True or False")}  # fmt: skip
 
 
-def repository() -> Path:
-    """The root of the repository that the package stands in."""
-    return Path(__file__).resolve().parents[1]
-
-
 def add_repository() -> None:
     """Let a notebook import ``experiments``, which stands in the repository, not installed."""
-    sys.path.append(str(repository()))
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 
 def guard(cells: list[str], namespace: dict[str, Any]) -> dict[str, Any]:
-    """The notebook's parameters. Raises DerkitError for unknown names and wrong types.
-
-    ``cells`` are the sources run so far (IPython's ``In``). The parameters cell is the first one
-    that holds annotated literals only; a cell that papermill injected starts with '# Parameters'.
-    """
+    """The notebook's parameters, from the sources run so far (IPython's ``In``): the first cell of
+    annotated literals only, and cells that papermill injected, which start with '# Parameters'.
+    Raises DerkitError for unknown names and wrong types."""
     allowed: dict[str, str] = {}
     injected: list[str] = []
     for source in cells:
@@ -53,23 +44,20 @@ def guard(cells: list[str], namespace: dict[str, Any]) -> dict[str, Any]:
     for name in injected:
         if name not in allowed:
             raise unknown("parameter", name, allowed)
-    return {name: _typed(name, namespace[name], kind) for name, kind in allowed.items()}
-
-
-def _typed(name: str, value: Any, annotation: str) -> Any:
-    """A parameter's value in the type of its annotation. 'str' takes numbers too (eps 0.03)."""
-    kind, words = KINDS[annotation]
-    try:
-        return TypeAdapter(kind).validate_python(str(value))
-    except ValidationError:
-        raise DerkitError(f"parameter {name} must be {words}, found {value!r}.") from None
+    values = {}
+    for name, annotation in allowed.items():
+        kind, words = KINDS[annotation]
+        try:  # 'str' takes numbers, too (eps 0.03)
+            values[name] = TypeAdapter(kind).validate_python(str(namespace[name]))
+        except ValidationError:
+            found = repr(namespace[name])
+            raise DerkitError(f"parameter {name} must be {words}, found {found}.") from None
+    return values
 
 
 def parameters(namespace: dict[str, Any] | None = None) -> dict[str, Any]:
-    """`guard` on the running notebook, in the cell after its parameters.
-
-    nbval keeps no history of cells and injects none: there the plain values are the parameters.
-    """
+    """`guard` on the running notebook, in the cell after its parameters. nbval keeps no history of
+    cells and injects none: there the plain values are the parameters."""
     from IPython import get_ipython
 
     names = namespace or get_ipython().user_ns
@@ -82,11 +70,9 @@ def parameters(namespace: dict[str, Any] | None = None) -> dict[str, Any]:
 
 def configure(values: dict[str, Any], preset: str | None = None, other: str | None = None,
               **overrides: Any) -> TrainConfig:
-    """The config that the parameters stand for: a preset, then every one that is not 'auto'.
-
-    On the bundled data ``preset`` and ``overrides`` apply, on other data its own preset (or
-    ``other``). Parameters that the config does not have are left to the notebook.
-    """
+    """The config that the parameters stand for: a preset, then every one that is not 'auto' and
+    that the config has. On the bundled data ``preset`` and ``overrides`` apply, on other data its
+    own preset (or ``other``)."""
     fields = TrainConfig.model_fields
     given = {k: v for k, v in values.items() if k in fields and v not in (AUTO, "")}
     if given.get("dataset", "fashion_mini") != "fashion_mini":

@@ -1,9 +1,6 @@
 """Figures from records and arrays. Each function draws one figure, shows it and returns nothing.
 
-``save=`` also writes it. Lines differ in style and marker too, so that they read in greyscale.
-"""
-
-from __future__ import annotations
+``save=`` also writes it. Lines differ in style and marker too, so that they read in greyscale."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -205,21 +202,6 @@ def energy_paths(paths: Mapping[str, dict], key: str = "E", save: Save = None) -
             rise = path[key] - path[key][0]
             _line(axis, i, name, path["u"], rise.mean(1), *np.quantile(rise, [0.25, 0.75], axis=1))
         axis.axvline(1, color="0.4", lw=0.8)
-
-
-def energy_slices(slices: Mapping[str, dict], key: str = "ce", save: Save = None) -> None:
-    """Loss or energy on a plane around one image, a panel per model: x at (0, 0), x* at (1, 0)."""
-    labels = dict(xlabel="along x* - x", ylabel="random sign direction")
-    words = dict(textcoords="offset points", color="w", weight="bold")
-    with _panels(save, 3.9, 3.4, list(slices), **labels) as axes:
-        for axis, s in zip(axes, slices.values(), strict=True):
-            filled = axis.contourf(s["axis"], s["axis"], s[key], levels=14, cmap="viridis")
-            axis.contour(s["axis"], s["axis"], s[key], levels=14, colors="k", linewidths=0.3)
-            axis.plot([0, 1], [0, 0], "wo-", ms=6, mec="k", lw=1)
-            axis.annotate("x", (0, 0), (-12, 6), **words)
-            axis.annotate("x*", (1, 0), (5, 6), **words)
-            axis.grid(False)
-            plt.colorbar(filled, ax=axis, label=dict(ce="CE", E="E")[key])
 
 
 def filters(models: Mapping[str, nn.Module], save: Save = None) -> None:

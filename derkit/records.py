@@ -82,26 +82,19 @@ def environment(device: torch.device, precision: str, why: str) -> dict[str, Any
 class Run:
     """A run, read from its folder, or DerkitError where it holds none, or a file is broken.
 
-    config, env, final: what the JSON files hold. epochs: a DataFrame, one row per epoch."""
+    name: of the folder. config, env, final: what the JSON files hold. finished: was it evaluated at
+    its end? epochs: a DataFrame, one row per epoch."""
 
     def __init__(self, folder: str | os.PathLike) -> None:
         self.folder = Path(folder)
+        self.name = self.folder.name
         if not (self.folder / "config.json").is_file():
             raise DerkitError(f"{self.folder} is not a run folder (no config.json).")
         self.config: dict[str, Any] = read_json(self.folder / "config.json")
         self.env: dict[str, Any] = read_json(self.folder / "env.json")
         self.final: dict[str, Any] = read_json(self.folder / "final.json")
+        self.finished = bool(self.final)
         self.epochs = pd.DataFrame(read_lines(self.folder / "metrics.jsonl"))
-
-    @property
-    def name(self) -> str:
-        """The folder's name."""
-        return self.folder.name
-
-    @property
-    def finished(self) -> bool:
-        """Has the run been evaluated at its end?"""
-        return bool(self.final)
 
     def steps(self, column: str) -> list[float]:
         """A series over all training steps: 'loss', 'acc' or 'aae' (on adversarial examples)."""
@@ -125,14 +118,8 @@ def load_runs(folder: str | os.PathLike) -> list[Run]:
     return [Run(path.parent) for path in sorted(Path(folder).glob("*/config.json"))]
 
 
-def label(train: dict[str, Any]) -> str:
-    """'rs_fgsm + der' for a run's training config."""
-    names = [train["method"], train["regularizer"]]
-    return " + ".join(name for name in names if name != "none")
-
-
 def load_records(name: str, root: Path | None = None) -> dict[str, list[Run]]:
-    """Committed runs of one suite by label (the suite's, else `label`), in the suite's order."""
+    """Committed runs of one suite in its order, by the suite's label, else such as 'pgd + der'."""
     root = root or records_folder()
     if not (root / name).is_dir():
         names = sorted(path.name for path in root.glob("*/"))
@@ -142,7 +129,9 @@ def load_records(name: str, root: Path | None = None) -> dict[str, list[Run]]:
     runs.sort(key=lambda run: (run.config.get("order", 0), run.config["train"]["seed"]))
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(run.config.get("label") or label(run.config["train"]), []).append(run)
+        parts = run.config["train"]["method"], run.config["train"]["regularizer"]
+        label = run.config.get("label") or " + ".join(parts).removesuffix(" + none")
+        groups.setdefault(label, []).append(run)
     return groups
 
 

@@ -1,7 +1,5 @@
 """What every room needs: errors, files, generators, devices, progress bars, several processes."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import errno
@@ -18,6 +16,8 @@ from typing import Any
 import filelock
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 AUTO = "auto"
 
@@ -53,7 +53,6 @@ def pick(kind: str, name: str, table: dict[str, Any]) -> Any:
     return table[name]
 
 
-# ---------------------------------------------------------------------------------------- files
 def home() -> Path:
     """The folder for runs and caches: $DERKIT_HOME, else ~/.cache/derkit."""
     return Path(os.environ.get("DERKIT_HOME") or "~/.cache/derkit").expanduser()
@@ -99,6 +98,21 @@ def read_json(path: Path) -> dict[str, Any]:
         raise DerkitError(f"{path} is not a JSON record ({error}). Restore or delete it.") from None
 
 
+def cached(kind: str, key: tuple, make: Callable[..., Any], *args: Any) -> list[torch.Tensor]:
+    """The tensors of ``make(*args)`` on the CPU, kept in DERKIT_HOME/cache under the key's hash.
+    A damaged file is made anew, a cache that cannot be written is skipped."""
+    name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    path = home() / "cache" / f"{kind}-{name}.safetensors"
+    with contextlib.suppress(OSError, KeyError, SafetensorError):
+        found = load(path.read_bytes())
+        return [found[str(i)] for i in range(len(found))]
+    made = make(*args)
+    tensors = [t.cpu().contiguous() for t in (made if isinstance(made, tuple) else (made,))]
+    with contextlib.suppress(OSError):
+        atomic_write(path, save({str(i): t for i, t in enumerate(tensors)}))
+    return tensors
+
+
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn a failed write into a DerkitError that says what is kept and how to go on."""
@@ -123,7 +137,6 @@ def hold(folder: Path, what: str) -> contextlib.AbstractContextManager:
             raise DerkitError(f"another process is {what} in {folder}. {advice}") from None
 
 
-# -------------------------------------------------------- generators, device, precision, format
 def make_generator(device: torch.device | str, *seed: int | str) -> torch.Generator:
     """A generator on the device, seeded from numbers and words: one stream for each purpose."""
     digest = hashlib.sha256(repr(seed).encode()).digest()
@@ -178,8 +191,7 @@ def images_format(model: torch.nn.Module) -> torch.memory_format:
     On a CPU a pointwise convolution with stride and fewer than 8 input channels corrupts the heap
     in its float32 backward pass (AVX2; torch 2.6 to 2.14, docs/channels_last.md), and convolutions
     of fewer than 8 filters gain nothing. A network with either stays contiguous there, and so does
-    one with a single convolution, whose maps would be copied back at once.
-    """
+    one with a single convolution, whose maps would be copied back at once."""
     convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
     on_gpu = any(p.is_cuda for p in model.parameters())
     if len(convolutions) == 1 and not on_gpu:
@@ -202,7 +214,6 @@ def progress(items: Iterable, desc: str = "", **options: Any) -> Iterable:
     return tqdm(items, desc=desc, leave=False, **options)
 
 
-# ---------------------------------------------------------------------------- several processes
 def launched() -> tuple[int, int]:
     """(rank, number of processes) as torchrun says it in the environment; (0, 1) without it."""
     if not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= set(os.environ):

@@ -1,7 +1,5 @@
 """Fixtures of the test suite: a private home, one thread, tiny data and nets."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 
@@ -45,6 +43,16 @@ def home(tmp_path, monkeypatch):
 def mini():
     """The bundled data set."""
     return load_dataset()
+
+
+def forty_of_each():
+    """The bundled data with 40 training images of each class."""
+    data = load_dataset()
+    index = torch.cat([(data.train.labels == c).nonzero().squeeze(1)[:40] for c in range(10)])
+    return replace(data, train=data.train.take(index), sha256="some")
+
+
+some = pytest.fixture(scope="session")(forty_of_each)
 
 
 @pytest.fixture(scope="session")

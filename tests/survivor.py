@@ -3,8 +3,6 @@
 Every attempt is a fork of this process, so torch is imported once.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import signal
@@ -48,13 +46,13 @@ def record(folder: Path):
                   read_lines(folder / "metrics.jsonl")])
 
 
-def arm(where: str, call: int, moment: str) -> None:
+def arm(owner, where: str, call: int, moment: str) -> None:
     """Kill this process at the n-th call of a function: 'before' it, 'after', or 'torn'."""
-    original, left = getattr(POINTS[where], where), [call]
+    original, left = getattr(owner, where), [call]
 
     def armed(*args, **kwargs):
         left[0] -= 1
-        if left[0] == 0 and moment == "torn":  # of fsync: half of what was written is there
+        if left[0] == 0 and where == "fsync" and moment == "torn":  # half of it is written
             os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
         if left[0] or moment == "after":
             out = original(*args, **kwargs)
@@ -62,11 +60,11 @@ def arm(where: str, call: int, moment: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return out
 
-    setattr(POINTS[where], where, armed)
+    setattr(owner, where, armed)
 
 
 def attempt(work, folder: Path, *kill) -> int:
-    """Exit status of a fork that trains: 0, or -9 where it was killed."""
+    """Exit status of a fork that works in the folder: 0, or -9 where it was killed (`arm`)."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -96,7 +94,7 @@ def main(root: Path) -> None:
     for i in range(0, len(kills), 4):
         folder = root / str(i)
         for where, moment in kills[i : i + 4]:
-            status = attempt(work, folder, where, rng.randint(1, 3), moment)
+            status = attempt(work, folder, POINTS[where], where, rng.randint(1, 3), moment)
             assert status in (0, -signal.SIGKILL), (where, moment)
             deaths += status != 0
         assert attempt(work, folder) == 0 and record(folder) == expected, kills[i : i + 4]

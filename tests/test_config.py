@@ -1,8 +1,5 @@
 """The configs: types, ranges, names, presets, what 'auto' stands for, identity of a run."""
 
-from __future__ import annotations
-
-import json
 import math
 import warnings
 from pathlib import Path
@@ -34,12 +31,6 @@ def test_eps_rejected(value):
 def test_eps_accepted(n):
     assert make(eps=f"{n}/255").eps == parse_eps(n / 255) == parse_eps(str(n / 255)) == n / 255
     assert parse_eps(f"{n}.5/256") == (n + 0.5) / 256
-
-
-def test_eps_in_byte_units_is_explained():
-    with pytest.raises(DerkitError, match=r"^eps is in pixel units of \[0, 1\], found 8. Did you "
-                       "mean 8/255\\?$"):
-        make(eps=8)
 
 
 def test_text_becomes_typed():
@@ -88,6 +79,8 @@ def test_the_nearest_name_is_offered(call, values, message):
     (dict(method="rs_fgsm", norm="l2"), "norm 'l2' is for the methods pgd, trades and weat"),
     (dict(method="fgsm", alpha=0.1), "the step of fgsm is eps, found alpha 0.1"),
     (dict(method="rs_fgsm", k=3), "k is the noise of n_fgsm, found k 3 with method 'rs_fgsm'"),
+    (dict(method="fgsm", q=0.5), "q is a setting of zerograd, found q 0.5 with method 'fgsm'"),
+    (dict(method="pgd", regularizer="aaer"), "aaer is for single-step methods, found 'pgd'"),
 ])
 def test_impossible_combinations(values, message):
     with pytest.raises(DerkitError, match=message):
@@ -166,10 +159,6 @@ def test_class_numbers():
 
 
 # ------------------------------------------------------------------------------------ identity
-def test_round_trip_through_json():
-    for c in (make(regularizer="der", weight="auto", eps="8/255"), GenerateConfig(w=3)):
-        again = type(c).read(json.loads(json.dumps(c.as_dict())))
-        assert again == c and again.hash("abc") == c.hash("abc")
 
 
 def test_retired_fields_of_a_record():
@@ -227,6 +216,3 @@ def test_the_reported_settings_of_der():
     assert (at.method, at.steps, at.weight, at.gamma, at.start) == ("pgd", 10, 6, 0.2, 0.8)
     assert at.variant == "norm" and not at.masked and at.epochs == 100
     assert TrainConfig.make(regularizer="der").variant == "norm"
-    for bad in (dict(method="fgsm", q=0.5), dict(method="pgd", regularizer="aaer")):
-        with pytest.raises(DerkitError):
-            TrainConfig.make(**bad)

@@ -1,7 +1,5 @@
 """What only a GPU can show. These tests run where there is one."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -9,9 +7,9 @@ from derkit import attacks
 from derkit.checkpoint import load_state
 from derkit.data import load_dataset
 from derkit.generation.generate import generate
-from derkit.training import loop
 from derkit.training.loop import train
 from derkit.util import images_format
+from tests.test_training import interrupted
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -27,15 +25,7 @@ def test_a_run_and_its_resume(options, data, config, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     c = config(device="cuda", precision="auto", epochs=3, width=8, **options)
     whole = train(c, data, folder=tmp_path / "whole", verbose=False)
-    train_epoch = loop.train_epoch
-
-    def stop(state, dataset):
-        if state.epoch == 1:
-            raise KeyboardInterrupt
-        return train_epoch(state, dataset)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "train_epoch", stop)
+    with interrupted("train_epoch", 2):
         train(c, data, folder=tmp_path / "run", verbose=False)
     train(c, data, folder=tmp_path / "run", verbose=False)
     a, b = (load_state(tmp_path / n / "last.pt", "cpu")["model"] for n in ("whole", "run"))

@@ -1,7 +1,5 @@
 """Two gloo processes under torchrun against one: same weights, errors of one end all."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

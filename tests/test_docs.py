@@ -3,8 +3,6 @@
 The tables that `python -m experiments.results` writes are compared in test_results.py.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path

@@ -100,21 +100,3 @@ def test_half_precision_is_upcast_before_the_energy(dtype):
     assert torch.equal(marginal_energy(f), marginal_energy(f.float()))
     wide = f.double()
     assert energy.upcast(wide) is wide
-
-
-def test_linearity_error():
-    """The squared bump of the loss over its chord."""
-    u = torch.tensor([0.25, 0.5], dtype=torch.float64)
-    a, c, b = torch.randn(3, 2, 5, dtype=torch.float64)
-    y = torch.tensor([1, 4])
-    ce = [F.cross_entropy(t, y, reduction="none") for t in (a, c, b)]
-    bump = ce[1] - (1 - u) * ce[0] - u * ce[2]
-    close(energy.loss_linearity(a, c, b, u, y), bump**2)
-
-
-def test_gradient_of_energies():
-    """dE(x)/df = -softmax, dE(x, y)/df_y = -1."""
-    f = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    close(torch.autograd.grad(marginal_energy(f).sum(), f)[0], -f.softmax(1))
-    grad = torch.autograd.grad(joint_energy(f, torch.tensor([0, 1, 3])).sum(), f)[0]
-    assert grad.sum() == -3 and grad[2, 3] == -1

@@ -1,11 +1,8 @@
 """`generate` in memory and in folders: shards, kills, parts, damage, refusals; own starts."""
 
-from __future__ import annotations
-
 import os
 import random
 import resource
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,25 +13,16 @@ import pytest
 import torch
 from torch import nn
 
-from derkit.data import load_dataset
 from derkit.generation import generate as room
 from derkit.generation.generate import ARRAYS, generate, load_samples, prepare
 from derkit.generation.sampler import quantise, saturated
 from derkit.models import build_model
 from derkit.util import DerkitError, hold, read_json
+from tests.conftest import forty_of_each
+from tests.survivor import attempt
 
 QUICK = dict(k=8, steps=4, verbose=False)
 SHARDS = QUICK | dict(n=40, shard_size=10, batch_size=4)
-
-
-def forty_of_each():
-    """The bundled data with 40 training images of each class."""
-    mini = load_dataset()
-    index = torch.cat([(mini.train.labels == c).nonzero().squeeze(1)[:40] for c in range(10)])
-    return replace(mini, train=mini.train.take(index), sha256="some")
-
-
-some = pytest.fixture(scope="module")(forty_of_each)
 
 
 def same(a, b):
@@ -178,41 +166,22 @@ def test_out_of_memory_says_what_to_do(trained, some, monkeypatch):
         generate(trained, some, 10, **QUICK)
 
 
-def killed(make, name="fsync", call=0, moment=""):
-    """Exit status of a fork that generates and dies at a call of a function of os or of the job."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    owner = room.Job if name == "samples" else os
-    real, left = getattr(owner, name), [call]
-
-    def armed(*args):
-        left[0] -= 1
-        if left[0] or moment == "after":
-            found = real(*args)
-        elif name == "fsync" and moment == "torn":
-            os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
-        return found if left[0] else os.kill(os.getpid(), signal.SIGKILL)
-
-    setattr(owner, name, armed)
-    make()
-    os._exit(0)
-
-
 def survive(root):
     """Kill generations again and again, let them finish, and compare with an undisturbed one."""
     torch.set_num_threads(1)
     data, model, deaths = forty_of_each(), build_model("small_cnn", 1, 10, 28, width=4), 0
-    for seed in range(7):
-        def make(folder=root / str(seed)):
-            generate(model, data, folder=folder, stop="fixed", **SHARDS)
 
-        draw = random.Random(seed).choice
+    def make(folder):
+        generate(model, data, folder=folder, stop="fixed", **SHARDS)
+
+    for seed in range(7):
+        folder, draw = root / str(seed), random.Random(seed).choice
         for _ in range(4 if seed else 0):  # folder 0 is left in peace
-            point = draw(["fsync", "replace", "samples"]), draw([1, 2, 3, 4, 5])
-            deaths += killed(make, *point, draw(["before", "torn", "after"])) != 0
-        assert killed(make) == 0 and shards(root / str(seed)) == shards(root / "0"), seed
-        assert len(load_samples(root / str(seed))) == 40, seed
+            point = draw([(os, "fsync"), (os, "replace"), (room.Job, "samples")])
+            moment = draw([1, 2, 3, 4, 5]), draw(["before", "torn", "after"])
+            deaths += attempt(make, folder, *point, *moment) != 0
+        assert attempt(make, folder) == 0 and shards(folder) == shards(root / "0"), seed
+        assert len(load_samples(folder)) == 40, seed
     assert deaths >= 12 and not list(root.glob("*/.*.tmp")), deaths
 
 

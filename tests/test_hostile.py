@@ -3,8 +3,6 @@
 Every payload touches a canary file. The fixture shows that the bait works where it is swallowed.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import pickle
@@ -155,9 +153,9 @@ def test_class_folders(tmp_path, canary, home):
         Image.new("RGB", (8, 8), (40, 0, 0)).save(tmp_path / path)
     source = dict(name=f"imagefolder:{tmp_path}", valid_size=1, image_size=8)
     images = load_dataset(**source).test.images
-    caches = [*(home / "cache").glob("folders-*.npy")]
+    caches = [*(home / "cache").glob("folders-*")]
     for file in caches:
-        np.save(file, objects(canary))
+        file.write_bytes(pickle.dumps(Bait(canary)))
     assert caches and torch.equal(load_dataset(**source).test.images, images)
     head = b"IHDR" + struct.pack(">IIBBBBB", 10**5, 10**5, 8, 2, 0, 0, 0)  # pixels in 33 bytes
     head = struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))

@@ -1,7 +1,5 @@
 """The channels_last rule. Risky convolutions run in a process of their own: they may crash."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,4 +1,4 @@
-"""Energies of attacks, paths and planes on models with known energies."""
+"""Energies of attacks and along paths, on models with known energies."""
 
 import numpy as np
 import pytest
@@ -38,16 +38,6 @@ def test_path_of_a_linear_energy_has_no_bump():
     assert np.allclose(path["E"][0] - path["E"][-1], 1.6)  # dE over 16 pixels raised by 0.1
     curved = dict(path, E=path["E"] + np.sin(np.pi * path["u"])[:, None])
     assert landscape.bump(curved) == pytest.approx(1.0)
-
-
-def test_slice_axes_and_origin():
-    x, y = torch.rand(1, 1, 4, 4, dtype=torch.float64), torch.tensor([1])
-    first, second = torch.full_like(x, 0.1), torch.zeros_like(x)
-    s = landscape.energy_slice(Linear(), x, y, first, second, extent=1.0, points=5)
-    assert s["E"].shape == (5, 5)
-    assert np.allclose(s["E"], s["E"][0])  # nothing changes along the second direction (rows)
-    assert np.allclose(np.diff(s["E"][0]), -0.8)  # half a step of 0.1 on 16 pixels, columns
-    assert np.allclose(s["ce"], np.log(2))
 
 
 def test_attack_energies_signs_and_table():

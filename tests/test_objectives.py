@@ -1,6 +1,7 @@
-"""Methods and the regularisers beside DER: float64 references, one step of everything, no sync."""
+"""Methods and the regularisers beside DER: what reaches them, one step of everything, no sync.
 
-from __future__ import annotations
+Their formulas are compared in test_reference_step.py.
+"""
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from derkit import attacks
 from derkit.config import METHOD_NAMES, REGULARIZER_NAMES, VARIANT_NAMES
 from derkit.training.loop import train_step
-from derkit.training.objectives import Objective, make_regularizer, trades, weat
+from derkit.training.objectives import Objective, make_regularizer
 
 TIGHT = dict(rtol=0, atol=1e-12)
 SINGLE = ("fgsm", "rs_fgsm", "n_fgsm", "zerograd")
@@ -22,32 +23,6 @@ CASES = [(m, r, v) for m in METHOD_NAMES for r in REGULARIZER_NAMES
 
 def ce(f, y):
     return F.cross_entropy(f, y, reduction="none")
-
-
-@pytest.fixture
-def logits():
-    rng = torch.Generator().manual_seed(0)
-    nat, adv = (2 * torch.randn(8, 5, generator=rng, dtype=torch.float64) for _ in range(2))
-    return nat.requires_grad_(True), adv.requires_grad_(True), torch.arange(8) % 5
-
-
-def test_trades(logits):
-    nat, adv, y = logits
-    kl = F.kl_div(adv.log_softmax(1), nat.softmax(1), reduction="none").sum(1)
-    torch.testing.assert_close(trades(nat, adv, y, 2.5), ce(nat, y) + 2.5 * kl, **TIGHT)
-    torch.testing.assert_close(trades(nat, adv, y, 0.0), ce(nat, y), **TIGHT)
-    assert all(g.any() for g in torch.autograd.grad(trades(nat, adv, y).sum(), [nat, adv]))
-
-
-def test_weat_weights_each_sample_and_is_detached(logits):
-    """1 / log(1 + e^|E(x)|) times the terms of TRADES; no gradient through the weight."""
-    nat, adv, y = logits
-    weight = 1 / torch.log(1 + torch.exp(torch.logsumexp(nat, 1).abs())).detach()
-    expected = weight * trades(nat, adv, y, 6.0)
-    found = weat(nat, adv, y)
-    torch.testing.assert_close(found, expected, **TIGHT)
-    grads = (torch.autograd.grad(v.sum(), nat, retain_graph=True)[0] for v in (found, expected))
-    torch.testing.assert_close(*grads, **TIGHT)
 
 
 @pytest.mark.parametrize("name", METHOD_NAMES)
@@ -70,41 +45,6 @@ def test_attack_of_each_method(name, trained, batch, config, seeded):
         expected = attacks.pgd(model, x, y, 0.07, steps=3, loss=loss, **own, **common)
     assert torch.equal(x_adv, expected)
     assert (start is None) == (found is None) == (name not in SINGLE)
-
-
-def test_elle(trained, batch, config, seeded):
-    model, x, y = trained.double(), batch[0].double(), batch[1]
-    elle = make_regularizer(config(method="fgsm", regularizer="elle", eps=0.1), model)
-    points = elle.points(x, x, seeded())
-    value = elle({name: model(z) for name, z in points.items()}, y)
-    rng = seeded()
-    a, b = (x + (2 * torch.rand(x.shape, generator=rng, dtype=x.dtype) - 1) * 0.1 for _ in range(2))
-    u = torch.rand(16, generator=rng, dtype=x.dtype)
-    la, lb, lc = (ce(model(z), y) for z in (a, b, a + u.view(-1, 1, 1, 1) * (b - a)))
-    expected = (lc - (1 - u) * la - u * lb).square().mean()
-    torch.testing.assert_close(value, expected, **TIGHT)
-
-
-def test_gradalign(trained, batch, config, seeded):
-    """1 - cos of input gradients at x (fixed) and x + r: value and parameter gradients."""
-    model, x, y = trained.double().train(), batch[0].double(), batch[1]
-    c = config(method="fgsm", regularizer="gradalign", eps=0.1, attack_bn="eval", precision="fp64")
-    align, before = make_regularizer(c, model), {k: v.clone() for k, v in model.named_buffers()}
-    assert align.points(x, x, seeded()) == {}
-    value = align({}, y)
-    assert all(torch.equal(v, before[k]) for k, v in model.named_buffers())
-    assert all(m.training for m in model.modules())
-    model.eval()
-    noise = (2 * torch.rand(x.shape, generator=seeded(), dtype=x.dtype) - 1) * 0.1
-    points = [z.clone().requires_grad_(True) for z in (x, x + noise)]
-    a, b = (torch.autograd.grad(ce(model(z), y).sum(), z, create_graph=True)[0].flatten(1)
-            for z in points)
-    a = a.detach()
-    expected = (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).mean()
-    torch.testing.assert_close(value, expected, **TIGHT)
-    weights = [p for p in model.parameters() if p.ndim > 1]  # the head's bias has no part in it
-    grads = (torch.autograd.grad(v, weights) for v in (value, expected))
-    torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-10)
 
 
 def test_gradalign_with_zero_gradients_gives_no_nan(config, seeded):

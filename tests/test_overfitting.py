@@ -1,52 +1,34 @@
 """Onset, alarms and robust overfitting: made-up records with known answers, and committed ones."""
 
-import json
-
 import numpy as np
 import pytest
 
 from derkit.diagnosis import overfitting
-from derkit.diagnosis.overfitting import first_alarm, should_stop, step_alarm, summary
-from derkit.records import Run, load_records, load_tested
+from derkit.diagnosis.overfitting import first_alarm, should_stop, summary
+from derkit.records import Run, load_records, load_tested, write_lines
+from derkit.util import write_json
 
 
 def make_run(tmp_path, pgd, fgsm, train, aae, dE=None, cos=None, final=None, name="run"):
     """A run folder with the given curves, 10 steps an epoch."""
     folder = tmp_path / name
     folder.mkdir()
-    (folder / "config.json").write_text(
-        json.dumps({"train": {"method": "rs_fgsm", "regularizer": "none", "seed": 0}})
-    )
+    write_json(folder / "config.json", dict(train=dict(method="rs_fgsm", regularizer="none")))
     if final:
-        (folder / "final.json").write_text(json.dumps(final))
+        write_json(folder / "final.json", final)
     n = len(pgd)
-    dE, cos = dE if dE is not None else [0.0] * n, cos if cos is not None else [0.9] * n
-    with open(folder / "metrics.jsonl", "w") as f:
-        for i in range(n):
-            steps = {"loss": [1.0] * 10, "acc": [train[i]] * 10, "aae": [aae[i]] * 10}
-            row = dict(
-                epoch=i + 1,
-                valid_pgd=pgd[i],
-                valid_fgsm=fgsm[i],
-                train_acc=train[i],
-                train_aae=aae[i],
-                probe_dE=dE[i],
-                cos=cos[i],
-                E_lin=0.01,
-                align=0.5,
-                probe_pgd=pgd[i],
-                steps=steps,
-            )
-            f.write(json.dumps(row) + "\n")
+    columns = dict(epoch=range(1, n + 1), valid_pgd=pgd, probe_pgd=pgd, valid_fgsm=fgsm,
+                   train_acc=train, train_aae=aae, probe_dE=dE or [0.0] * n, cos=cos or [0.9] * n,
+                   E_lin=[0.01] * n, align=[0.5] * n)
+    columns["steps"] = [dict(loss=[1.0] * 10, acc=[train[i]] * 10, aae=[aae[i]] * 10)
+                        for i in range(n)]
+    rows = zip(*columns.values(), strict=True)
+    write_lines(folder / "metrics.jsonl", [dict(zip(columns, row, strict=True)) for row in rows])
     return Run(folder)
 
 
-HEALTHY = dict(
-    pgd=np.linspace(0.1, 0.5, 20).tolist(),
-    fgsm=np.linspace(0.15, 0.6, 20).tolist(),
-    train=np.linspace(0.1, 0.6, 20).tolist(),
-    aae=[0.01] * 20,
-)
+HEALTHY = {name: np.linspace(*ends, 20).tolist() for name, ends in dict(
+    pgd=(0.1, 0.5), fgsm=(0.15, 0.6), train=(0.1, 0.6), aae=(0.01, 0.01)).items()}
 
 
 def collapsed(at=12, n=20):
@@ -56,9 +38,8 @@ def collapsed(at=12, n=20):
         healthy["pgd"][i] = 0.0
     for i in range(at - 2, n):
         healthy["aae"][i], healthy["train"][i] = 0.5, 0.8
-    return healthy | dict(
-        dE=[-0.5] * (at - 2) + [2.0] * (n - at + 2), cos=[0.9] * at + [0.1] * (n - at)
-    )
+    dE, cos = [-0.5] * (at - 2) + [2.0] * (n - at + 2), [0.9] * at + [0.1] * (n - at)
+    return healthy | dict(dE=dE, cos=cos)
 
 
 def test_onset_epoch_and_step(tmp_path):
@@ -67,12 +48,9 @@ def test_onset_epoch_and_step(tmp_path):
     assert abs(onset.step - 101) <= 1  # the share of AAEs jumps with the first step of epoch 11
 
 
-def test_healthy_run_has_no_onset(tmp_path):
-    assert overfitting.co_onset(make_run(tmp_path, **HEALTHY)) is None
-
-
-def test_a_fall_with_fgsm_is_not_co(tmp_path):
-    """Everything falls together (a diverging run): no catastrophic overfitting."""
+def test_runs_without_an_onset(tmp_path):
+    """A healthy one, and one in which everything falls together (it diverges)."""
+    assert overfitting.co_onset(make_run(tmp_path, **HEALTHY, name="healthy")) is None
     curves = {k: list(v) for k, v in HEALTHY.items()}
     for key in ("pgd", "fgsm", "train"):
         curves[key][10:] = [0.1] * 10
@@ -81,27 +59,19 @@ def test_a_fall_with_fgsm_is_not_co(tmp_path):
 
 def test_alarms_lead_and_false_alarms(tmp_path):
     table = overfitting.co_alarms(make_run(tmp_path, **collapsed(12))).set_index("signal")
-    assert table.loc["AAE share", "alarm"] == 11 and table.loc["AAE share", "lead"] == 1
-    assert table.loc["AAE share", "verdict"] == "ahead" and table.loc["dE(x)", "verdict"] == "ahead"
-    assert (
-        table.loc["gradient cosine", "verdict"] == "late"
-        and table.loc["gradient cosine", "lead"] == -1
-    )
-    assert table.loc["E_lin", "verdict"] == "missed"
+    assert tuple(table.loc["AAE share"]) == (11, 12, 1, "ahead")
+    assert tuple(table.loc["gradient cosine", ["lead", "verdict"]]) == (-1, "late")
+    assert table.loc[["dE(x)", "E_lin"], "verdict"].tolist() == ["ahead", "missed"]
     healthy = overfitting.co_alarms(make_run(tmp_path, **HEALTHY, name="healthy"))
     assert set(healthy["verdict"]) == {"quiet"}
     noisy = dict(HEALTHY, aae=[0.01] * 10 + [0.4] + [0.01] * 9)
-    assert "false alarm" in set(
-        overfitting.co_alarms(make_run(tmp_path, **noisy, name="noisy"))["verdict"]
-    )
+    found = overfitting.co_alarms(make_run(tmp_path, **noisy, name="noisy"))
+    assert "false alarm" in set(found["verdict"])
 
 
 def test_alarm_summary_counts_runs(tmp_path):
-    runs = [
-        make_run(tmp_path, **collapsed(12), name="a"),
-        make_run(tmp_path, **collapsed(15), name="b"),
-        make_run(tmp_path, **HEALTHY, name="c"),
-    ]
+    curves = dict(a=collapsed(12), b=collapsed(15), c=HEALTHY)
+    runs = [make_run(tmp_path, **curve, name=name) for name, curve in curves.items()]
     table = overfitting.alarm_summary(runs).set_index("signal")
     assert tuple(table.loc["AAE share"]) == ("2 of 2", "2 of 2", 1.0, "0 of 1")
     assert tuple(table.loc["gradient cosine"])[:2] == ("0 of 2", "2 of 2")
@@ -115,26 +85,16 @@ def test_stop_rule(tmp_path):
     assert first_alarm(rows.iloc[:10], "AAE share") is None
 
 
-def test_step_alarm_finds_the_rise():
-    series = np.concatenate([np.zeros(37), np.ones(23)])
-    assert step_alarm(series, 10) == 38
-
-
 def test_robust_overfitting_gap_and_onset(tmp_path):
     pgd = [0.1, 0.3, 0.5, 0.6, 0.6, 0.6, 0.55, 0.5, 0.45, 0.4, 0.4, 0.4, 0.4, 0.4]
     final = {"best": {"pgd": 0.58}, "last": {"pgd": 0.41}}
     run = make_run(tmp_path, pgd=pgd, fgsm=pgd, train=pgd, aae=[0] * 14, final=final)
     r = overfitting.robust_overfitting(run)
     assert (r.best_epoch, r.best) == (4, 0.6)
-    assert (
-        r.last == pytest.approx(0.4)
-        and r.gap == pytest.approx(0.2)
-        and r.test_gap == pytest.approx(0.17)
-    )
+    assert (r.last, r.gap, r.test_gap) == pytest.approx((0.4, 0.2, 0.17))
     assert 6 <= r.onset <= 8
-    flat = make_run(
-        tmp_path, pgd=[0.5] * 14, fgsm=[0.5] * 14, train=[0.5] * 14, aae=[0] * 14, name="flat"
-    )
+    half = [0.5] * 14
+    flat = make_run(tmp_path, pgd=half, fgsm=half, train=half, aae=[0] * 14, name="flat")
     assert overfitting.robust_overfitting(flat).onset is None
 
 

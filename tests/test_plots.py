@@ -33,7 +33,6 @@ E, E_adv, Ey, Ey_adv = rng.normal(size=(4, 50))
 attack = SimpleNamespace(attack="PGD", E=E, E_adv=E_adv, Ey=Ey, Ey_adv=Ey_adv)
 u = np.linspace(0, 1, 5)
 path = dict(u=u, E=rng.normal(size=(5, 4)), ce=rng.normal(size=(5, 4)))
-slices = {"m": dict(axis=u, ce=rng.random((5, 5)), E=rng.random((5, 5)))}
 bars = pd.DataFrame({"clean": [0.8, 0.7], "clean min": 0.6, "clean max": 0.9, "pgd": 0.4}, NAMES)
 strength = [{"model": m, "attack": a, "eps": e, "dE(x)": e} for m in "mn" for a in "FP"
             for e in (0.1, 0.2)]
@@ -59,7 +58,6 @@ FIGURES = {  # function: arguments
     "delta_by_strength": lambda: [pd.DataFrame(strength)],
     "roc_curves": lambda: [{"m": (u, u, 0.5)}],
     "energy_paths": lambda: [{"m": path}, "ce"],
-    "energy_slices": lambda: [slices, "E"],
     "sample_grid": lambda: [images, labels, NAMES, "a title"],
     "compare_sets": lambda: [{"grey": images, "colour": frames[0]}, labels, NAMES],
     "start_and_result": lambda: [samples, NAMES],

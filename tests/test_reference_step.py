@@ -4,8 +4,6 @@ The reference is written out from the papers' formulas. It shares with the kit t
 images and of the random draws, nothing else.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

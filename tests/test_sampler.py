@@ -1,7 +1,5 @@
 """Targets, steps, guidance, stops, and what makes a chain independent of its batch."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
@@ -16,13 +14,6 @@ from derkit.generation import sampler
 from derkit.generation.generate import prepare
 from derkit.generation.sampler import energy_targets, guided_energy, reference_energies, sample
 from derkit.util import DerkitError
-
-
-@pytest.fixture(scope="module")
-def some(mini):
-    """40 training images of each class."""
-    index = torch.cat([(mini.train.labels == c).nonzero().squeeze(1)[:40] for c in range(10)])
-    return replace(mini, train=mini.train.take(index), sha256="some")
 
 
 @pytest.fixture
@@ -78,9 +69,9 @@ def test_targets_are_quantiles_of_the_class_and_belong_to_the_sample(trained, so
 
 def test_normalised_steps():
     g = torch.randn(5, 1, 3, 3)
-    moved = sampler.normalised(g, 0.4).flatten(1)
-    assert torch.allclose(moved, -0.4 * F.normalize(g.flatten(1)))
-    assert not sampler.normalised(torch.zeros(1, 1, 2, 2), 0.4).any()
+    config = GenerateConfig(eta=0.4)
+    assert torch.allclose(sampler.drift(g, config).flatten(1), -0.4 * F.normalize(g.flatten(1)))
+    assert not sampler.drift(torch.zeros(1, 1, 2, 2), config).any()
 
 
 def test_descent_by_hand_with_momentum_and_clipping():

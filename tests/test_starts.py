@@ -1,7 +1,5 @@
 """Numbers of a sample, class PCA, neighbours, and every init: exact against the definitions."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import get_args
@@ -18,13 +16,6 @@ from derkit.util import DerkitError
 NAMES = get_args(GenerateConfig.model_fields["init"].annotation)
 
 
-@pytest.fixture(scope="module")
-def some(mini):
-    """40 training images of each class."""
-    index = torch.cat([(mini.train.labels == c).nonzero().squeeze(1)[:40] for c in range(10)])
-    return replace(mini, train=mini.train.take(index), sha256="some")
-
-
 def draw(n, first=0, seed=0, candidate=0):
     index = torch.arange(first, first + n)
     return Draw(index, index % 10, index // 10, seed, candidate)
@@ -39,7 +30,7 @@ def of_class(c, n, rank=None):
 def start(draw, dataset, **options):
     config = GenerateConfig.make(**({"k": 8} | options))
     pool = fit_pool(dataset, range(10), config)
-    return INITS[config.init].start(draw, pool, config), pool
+    return INITS[config.init](draw, pool, config), pool
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -157,9 +148,9 @@ def test_local_pca_is_the_local_gaussian(some):
     assert torch.allclose(mean, near.mean(0).expand_as(mean), atol=1e-6)
     covariance, expected = torch.cov(deviation.T), torch.cov(near.T)
     assert (covariance - expected).norm() < 0.1 * expected.norm()
-    x = INITS["local_pca"].start(draws, pool, config)
+    x = INITS["local_pca"](draws, pool, config)
     assert torch.allclose(x - mean, 0.5 * deviation, atol=1e-6)
-    assert torch.equal(INITS["local_pca"].start(draws, pool, config.change(tau=0)), mean)
+    assert torch.equal(INITS["local_pca"](draws, pool, config.change(tau=0)), mean)
 
 
 def test_retained_variance_projects_onto_the_largest_directions(some):

@@ -1,7 +1,5 @@
 """Training runs at toy size: what they write, resume bit for bit, loading, precision, errors."""
 
-from __future__ import annotations
-
 import shutil
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -14,7 +12,7 @@ from torch import nn
 from derkit import attacks, util
 from derkit.checkpoint import load_checkpoint, load_state
 from derkit.config import TrainConfig
-from derkit.diagnosis.evaluation import accuracy, predict
+from derkit.diagnosis.evaluation import accuracy, gradient_cosine, predict
 from derkit.records import Run, read_lines, run_folder
 from derkit.training import loop, monitor
 from derkit.training.loop import SCHEDULES, model_from_config
@@ -109,11 +107,8 @@ def test_pert_align_of_the_probe(tiny, config):
     run = train(config(method="fgsm", epochs=1, eps=0.2, precision="fp64"), tiny, verbose=False)
     model, probe = run.model(), tiny.train.take(slice(run.config["train"]["probe_size"]))
     x, y = probe.floats(dtype=torch.float64), probe.labels
-    points = x, attacks.fgsm(model, x, y, 0.2)
-    a, b = (attacks.input_gradient(model, z, lambda f: torch.nn.functional.cross_entropy(
-        f, y, reduction="none"))[0].flatten(1) for z in points)
-    by_hand = ((a * b).sum(1) / a.norm(dim=1) / b.norm(dim=1)).mean().item()
-    assert run.epochs["align"].iloc[0] == pytest.approx(by_hand, abs=1e-5)
+    expected = gradient_cosine(model, x, attacks.fgsm(model, x, y, 0.2), y).mean().item()
+    assert run.epochs["align"].iloc[0] == pytest.approx(expected, abs=1e-5)
 
 
 def test_final_record(finished, tiny):
@@ -324,18 +319,6 @@ def test_onecycle_is_that_of_torch():
         schedule.step()
 
 
-def test_one_sgd_step_by_hand(tiny, config):
-    """One batch, one epoch of standard training in float64: w - lr (g + wd w)."""
-    part = replace(tiny, train=tiny.train.take(slice(16)))
-    c = config(method="standard", precision="fp64", epochs=1, schedule="constant", weight_decay=0.1)
-    run, model = train(c, part), model_from_config(c, part).double().train()
-    logits = model(part.train.floats(dtype=torch.float64))
-    nn.functional.cross_entropy(logits, part.train.labels).backward()
-    for name, p in model.named_parameters():
-        expected = p - 0.1 * (p.grad + 0.1 * p)
-        torch.testing.assert_close(weights(run)[name], expected.data, rtol=1e-9, atol=1e-12)
-
-
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_clipping(precision, tiny, config):
     """The step is lr times the clipped norm; in fp16 gradients are unscaled before."""
@@ -394,7 +377,7 @@ def test_further_evaluation_of_a_finished_run(done, tiny, config, monkeypatch):
 
     monkeypatch.setattr(loop, "train_epoch", None)
     monkeypatch.setattr(monitor.evaluation, "autoattack", autoattack)
-    monkeypatch.setattr(monitor, "find_spec", lambda name: name)
+    monkeypatch.setattr(monitor.evaluation, "find_spec", lambda name: name)
     c = config(strong_size=4, pgd50_size=1, autoattack_size=2)
     again = train(c, tiny, folder=done.folder)
     expected = dict(pgd50_images=1, pgd50_alpha=0.025, aa=0.2, aa_images=2, aa_package="port 1")
@@ -403,7 +386,7 @@ def test_further_evaluation_of_a_finished_run(done, tiny, config, monkeypatch):
         assert found == before | expected | dict(pgd50=found["pgd50"])
     with pytest.raises(DerkitError, match="AutoAttack needs eps > 0"):
         train(c.change(eps=0.0), tiny)
-    monkeypatch.setattr(monitor, "find_spec", lambda name: None)
+    monkeypatch.setattr(monitor.evaluation, "find_spec", lambda name: None)
     with pytest.raises(DerkitError, match=r"pip install \"derkit\[eval\]\""):
         train(c, tiny, folder=done.folder)
 

@@ -3,10 +3,9 @@
 All attacks run with BatchNorm in eval mode, from an explicit generator, at the eps that is given.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -95,8 +94,7 @@ def strong_mask(model: nn.Module, split: Split, eps: float, steps: int = 100, re
     """Per image, (N,) bool: does it survive the clean prediction and the strong suite?
 
     PGD-20 on CE (alone up to twice too high near CO), then ``restarts`` x ``steps`` on the margin
-    and on CE, with steps that shrink from 2 eps to 0 by a cosine, where any iterate counts.
-    """
+    and on CE, with steps that shrink from 2 eps to 0 by a cosine, where any iterate counts."""
     hard = dict(steps=steps, restarts=restarts, decay=True, any_iterate=True)
     suite = [dict(steps=20), hard | dict(loss="margin"), hard | dict(loss="ce")]
     return _survivors(model, split, eps, suite, ("strong", seed), batch_size, norm)
@@ -110,32 +108,33 @@ def strong_accuracy(model: nn.Module, split: Split, eps: float, **options) -> fl
 def pgd50_accuracy(model: nn.Module, split: Split, eps: float, steps: int = 50, restarts: int = 10,
                    alpha: float | None = None, seed: int = 0, batch_size: int = BATCH,
                    norm: str = "linf") -> float:
-    """PGD-50-10: the share of images that survive ``restarts`` runs of ``steps`` steps on CE.
-
-    alpha: step size, default eps/4, which is the published 2/255 at eps 8/255.
-    """
+    """PGD-50-10: the share of images that survive ``restarts`` runs of ``steps`` steps on CE, of
+    size alpha, by default eps/4, which is the published 2/255 at eps 8/255."""
     suite = [dict(steps=steps, alpha=alpha)] * restarts
     alive = _survivors(model, split, eps, suite, ("pgd50", seed), batch_size, norm)
     return alive.double().mean().item()
 
 
+def check_autoattack(eps: float, classes: int) -> None:
+    """Raise DerkitError where AutoAttack cannot run: pyautoattack is missing, eps is 0, or there
+    are fewer than 4 classes, which its targeted DLR needs."""
+    if eps == 0 or classes < 4:
+        raise DerkitError(f"AutoAttack needs eps > 0 and at least 4 classes, found {eps:g} and "
+                          f"{classes}: set autoattack_size=0, or use strong_accuracy.")
+    if find_spec("pyautoattack") is None:
+        raise DerkitError('AutoAttack needs pyautoattack: pip install "derkit[eval]", or set '
+                          "autoattack_size=0.")
+
+
 def autoattack_mask(model: nn.Module, split: Split, eps: float, norm: str = "linf", seed: int = 0,
                     batch_size: int = BATCH) -> Tensor:
-    """Per image, (N,) bool: does it survive standard AutoAttack (arXiv 2003.01690)?
-
-    Through the port `pyautoattack` (extra: eval). Raises DerkitError where that is missing, at
-    eps 0, and below 4 classes (the targeted DLR needs them).
-    """
+    """Per image, (N,) bool: does it survive standard AutoAttack (arXiv 2003.01690), in the port
+    `pyautoattack` (extra: eval)? Raises DerkitError as `check_autoattack` does."""
     port_norm = pick("norm", norm, {"linf": "Linf", "l2": "L2"})
-    if attacks.check_eps(eps, norm) == 0:
-        raise DerkitError("AutoAttack needs eps > 0; at eps 0 robust accuracy is clean accuracy.")
-    try:
-        from pyautoattack import AutoAttack
-    except ImportError as error:
-        raise DerkitError('AutoAttack needs pyautoattack: pip install "derkit[eval]".') from error
     classes = predict(model, split.take(slice(1))).shape[1]
-    if classes < 4:
-        raise DerkitError(f"AutoAttack needs 4 classes, found {classes}; use strong_accuracy.")
+    check_autoattack(attacks.check_eps(eps, norm), classes)
+    from pyautoattack import AutoAttack
+
     dtype, device = next(float_batches(split, model, 1))[0].dtype, split.images.device
     layout = images_format(model)
     weights = {name: p.detach() for name, p in model.named_parameters()}
@@ -181,10 +180,8 @@ def energy_summary(logits: Tensor, logits_adv: Tensor, labels: Tensor,
 
 
 def gradient_cosine(model: nn.Module, a: Tensor, b: Tensor, y: Tensor) -> Tensor:
-    """cos(grad l(a), grad l(b)) for two images of each sample, (B,).
-
-    x and x + r, r uniform in the ball: near 0 at CO (arXiv 2007.02617). An attack's start and its
-    x*: PertAlign (arXiv 2606.00738).
+    """cos(grad l(a), grad l(b)) for two images of each sample, (B,): of x and x + r, r uniform in
+    the ball, near 0 at CO (arXiv 2007.02617); of an attack's start and x*, PertAlign (2606.00738).
     """
     with attacks.attack_mode(model, "eval"):
         a, b = (attacks.input_gradient(model, z, lambda f: energy.cross_entropy(f, y))[0]

@@ -1,9 +1,4 @@
-"""What an attack does to energies: many images at once, along its path, on a plane around an image.
-
-Functions of a model return arrays for `derkit.plots`.
-"""
-
-from __future__ import annotations
+"""What an attack does to energies, of many images and along its path, as arrays for plots."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +13,8 @@ from derkit.attacks import attack_mode, choose_targets
 from derkit.data import Split
 from derkit.diagnosis.evaluation import attack_split, pgd_attack, predict
 
-STANDARD_ATTACKS = {  # options of `attacks.pgd`; alpha_share: the step in units of eps
-    "FGSM": dict(steps=1, random_start=False, alpha_share=1.0),
+STANDARD_ATTACKS = {  # options of `attacks.pgd`
+    "FGSM": dict(steps=1, random_start=False, decay=True),  # a step of 2 eps, cut to the ball
     "PGD": dict(steps=20),
     "PGD, KL": dict(steps=20, loss="kl"),
     "PGD, margin": dict(steps=20, loss="margin"),
@@ -45,24 +40,14 @@ class AttackEnergies:
     fooled: np.ndarray  # bool
     reached: np.ndarray | None = None  # bool, attacks to the least likely class: did they get there
 
-    @property
-    def dE(self) -> np.ndarray:
-        """dE(x) = E(x) - E(x*)."""
-        return self.E - self.E_adv
-
-    @property
-    def dEy(self) -> np.ndarray:
-        """dE(x, y) = E(x, y) - E(x*, y)."""
-        return self.Ey - self.Ey_adv
+    dE = property(lambda self: self.E - self.E_adv)  # dE(x)
+    dEy = property(lambda self: self.Ey - self.Ey_adv)  # dE(x, y)
 
 
 def attack_energies(model: nn.Module, split: Split, eps: float, attack: str = "PGD", seed: int = 0,
                     **options) -> AttackEnergies:
     """Energies under one of STANDARD_ATTACKS (or any name, with PGD options given)."""
     options = STANDARD_ATTACKS.get(attack, {}) | options
-    share = options.pop("alpha_share", None)
-    if share:
-        options["alpha"] = share * eps
     nat = predict(model, split)
     _, adv = attack_split(model, split, pgd_attack(eps, **options), seed)
     marginal = [_array(energy.marginal_energy(logits)) for logits in (nat, adv)]
@@ -88,10 +73,8 @@ def energy_table(results: Sequence[AttackEnergies]) -> pd.DataFrame:
 
 def detection_roc(natural: np.ndarray, adversarial: np.ndarray,
                   points: int = 201) -> tuple[np.ndarray, np.ndarray, float]:
-    """ROC of a detector that calls low scores adversarial: (false, true positive rates, AUC).
-
-    AUC is the exact Mann-Whitney value (ties count half); below 0.5 adversarial scores are higher.
-    """
+    """ROC of a detector that calls low scores adversarial: (false, true positive rates, AUC), AUC
+    exact (Mann-Whitney, ties count half); below 0.5 adversarial scores are higher."""
     levels = np.quantile(np.concatenate([natural, adversarial]), np.linspace(0, 1, points))
     levels = np.concatenate([[-np.inf], levels, [np.inf]])
     natural, adversarial = np.sort(natural), np.sort(adversarial)
@@ -101,15 +84,11 @@ def detection_roc(natural: np.ndarray, adversarial: np.ndarray,
     return false, true, float(1 - below / 2 / (len(natural) * len(adversarial)))
 
 
-# -------------------------------------------------------------------------------- paths and planes
 @torch.no_grad()
-def energy_path(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, points: int = 21,
-                beyond: float = 0.0) -> dict[str, np.ndarray]:
-    """Energies along x + u (x* - x), u from 0 to 1 + beyond, not clipped to [0, 1].
-
-    Arrays u (U,), E, Ey, ce (U, B).
-    """
-    u = torch.linspace(0, 1 + beyond, points, dtype=x.dtype, device=x.device)
+def energy_path(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor,
+                points: int = 21) -> dict[str, np.ndarray]:
+    """Energies along x + u (x* - x), u from 0 to 1: arrays u (U,), E, Ey, ce (U, B)."""
+    u = torch.linspace(0, 1, points, dtype=x.dtype, device=x.device)
     with attack_mode(model, "eval"):
         logits = [model(x + value * (x_adv - x)) for value in u]
     kinds = dict(E=[energy.marginal_energy(f) for f in logits],
@@ -120,23 +99,6 @@ def energy_path(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, points: i
 
 def bump(path: dict[str, np.ndarray], key: str = "E") -> float:
     """Mean over images of the largest |energy - chord| between the ends: 0 if it is linear."""
-    inside = path["u"] <= 1 + 1e-9
-    u, values = path["u"][inside][:, None], path[key][inside]
+    u, values = path["u"][:, None], path[key]
     chord = (1 - u) * values[0] + u * values[-1]
     return float(np.abs(values - chord).max(0).mean())
-
-
-@torch.no_grad()
-def energy_slice(model: nn.Module, x: Tensor, y: Tensor, first: Tensor, second: Tensor,
-                 extent: float = 1.5, points: int = 25) -> dict[str, np.ndarray]:
-    """E and CE on the plane x + a first + b second around ONE image x (1, C, H, W).
-
-    a and b in [-extent, extent]. Typical directions: x* - x, and a random sign vector times eps.
-    Arrays axis (P,), E, ce (P, P) with rows b and columns a.
-    """
-    axis = torch.linspace(-extent, extent, points, dtype=x.dtype, device=x.device)
-    with attack_mode(model, "eval"):
-        logits = [model(x + axis.view(-1, 1, 1, 1) * first + b * second) for b in axis]
-    marginal = torch.stack([energy.marginal_energy(f) for f in logits])
-    ce = torch.stack([energy.cross_entropy(f, y.expand(len(f))) for f in logits])
-    return {"axis": _array(axis), "E": _array(marginal), "ce": _array(ce)}

@@ -2,10 +2,7 @@
 
 An alarm signal rings when it leaves the band of its own past: further from the median of the epochs
 before than three times the noise from epoch to epoch, and by at least a fixed margin, so that a
-quiet start does not make noise an alarm (the adaptive idea is ELLE-A's).
-"""
-
-from __future__ import annotations
+quiet start does not make noise an alarm (the adaptive idea is ELLE-A's)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +13,6 @@ import pandas as pd
 from derkit.records import METRICS, Run
 
 
-# ----------------------------------------------------------------------------------------- alarms
 @dataclass(frozen=True)
 class Signal:
     """A recorded column, how it moves at CO (+1 up, -1 down, 0 either), least move, cost."""
@@ -69,7 +65,6 @@ def step_alarm(series: np.ndarray, window: int) -> int:
     return int(rise.argmax()) + 1
 
 
-# ------------------------------------------------------------------------------- catastrophic (CO)
 @dataclass(frozen=True)
 class Onset:
     """CO: ``epoch`` (from 1) from which PGD accuracy had lost half of its ``peak``, ``after``: what
@@ -87,8 +82,7 @@ def co_onset(run: Run, share: float = 0.5) -> Onset | None:
     Accuracies are means of three epochs, one before and one after (measure them on 1,000 images:
     100 are noise). Low: below ``share`` of the peak so far, or of half the adversarial training
     accuracy (a run can collapse before it was ever robust), while FGSM or training accuracy did not
-    fall with it. Stays: in three quarters of the epochs that follow.
-    """
+    fall with it. Stays: in three quarters of the epochs that follow."""
     smooth = run.epochs[["valid_pgd", "valid_fgsm", "train_acc"]].astype(float)
     smooth = smooth.rolling(3, min_periods=1, center=True).mean()
     pgd, fgsm, train = smooth.to_numpy().T
@@ -105,25 +99,18 @@ def co_onset(run: Run, share: float = 0.5) -> Onset | None:
     return Onset(epoch, step_alarm(series, per_epoch), peak, after)
 
 
-def _verdict(onset: int | None, alarm: int | None) -> str:
-    if onset is None:
-        return "quiet" if alarm is None else "false alarm"
-    if alarm is None:
-        return "missed"
-    return {-1: "ahead", 0: "with", 1: "late"}[int(np.sign(alarm - onset))]
-
-
 def co_alarms(run: Run) -> pd.DataFrame:
-    """One row per signal of SIGNALS: epoch of its alarm, of the onset, lead in epochs, verdict.
-
-    verdict: 'ahead', 'with', 'late' or 'missed' on a collapsed run, else 'quiet' or 'false alarm'.
-    """
+    """One row per signal of SIGNALS: epoch of its alarm, of the onset, lead in epochs, verdict:
+    'ahead', 'with', 'late' or 'missed' on a collapsed run, else 'quiet' or 'false alarm'."""
     found, rows = co_onset(run), []
     onset = found.epoch if found else None
     for name in SIGNALS:
         alarm = first_alarm(run.epochs, name)
         lead = onset - alarm if onset and alarm else None
-        rows.append((name, alarm, onset, lead, _verdict(onset, alarm)))
+        verdict = "missed" if onset else "quiet"
+        if alarm:
+            verdict = {1: "ahead", 0: "with", -1: "late"}[np.sign(lead)] if onset else "false alarm"
+        rows.append((name, alarm, onset, lead, verdict))
     table = pd.DataFrame(rows, columns=["signal", "alarm", "onset", "lead", "verdict"])
     return table.astype({"alarm": "Int64", "onset": "Int64", "lead": "Int64"})
 
@@ -142,7 +129,6 @@ def alarm_summary(runs: Sequence[Run]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-# ------------------------------------------------------------------------------------- robust (RO)
 @dataclass(frozen=True)
 class RobustOverfitting:
     """RO of a run, in accuracy. ``gap``: best - mean of the last five epochs on validation images.

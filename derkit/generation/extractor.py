@@ -4,8 +4,6 @@ Offline: a small network, trained on its own by scripts/train_extractor.py, not 
 the kit's classifiers (what a generator descends on must never judge it). Or Inception from a file.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import os
@@ -40,12 +38,10 @@ class _Block(nn.Module):
 
 
 class ExtractorNet(nn.Module):
-    """Float images (B, C, H, W) in [0, 1] to features (B, 72) and class logits (B, K).
-
-    Features are channel means of an early layer (24: noise and blur) and of the last one (48: what
-    it is, but noise hardly differs from a shirt). ``scale`` holds a constant for each group, which
-    gives it a mean variance of 1 on the training images.
-    """
+    """Float images (B, C, H, W) in [0, 1] to features (B, 72) and class logits (B, K). Features are
+    channel means of an early layer (24: noise and blur) and of the last one (48: what it is, but
+    noise hardly differs from a shirt), each group times a constant (``scale``) that gives it a mean
+    variance of 1 on the training images."""
 
     def __init__(self, channels: int, classes: int, width: int = 24) -> None:
         super().__init__()
@@ -66,11 +62,9 @@ class ExtractorNet(nn.Module):
 
 @dataclass(frozen=True)
 class Extractor:
-    """An extractor that torch-fidelity knows as ``name``.
-
-    columns: what its score, Frechet distance and kernel distance are called (Inception: IS, FID,
-    KID). net: None for Inception, whose weights are at ``path``. info: words for a record.
-    """
+    """An extractor that torch-fidelity knows as ``name``. columns: what its score, Frechet distance
+    and kernel distance are called (Inception: IS, FID, KID). net: None for Inception, whose weights
+    are at ``path``. info: words for a record."""
 
     name: str
     sha256: str
@@ -140,17 +134,14 @@ def load_extractor(path: str | os.PathLike) -> Extractor:
 
 def extractor_for(dataset: Dataset | str, path: str | os.PathLike | None = None) -> Extractor:
     """The offline extractor of a data set: ``path``, the bundled one, or your own in DERKIT_HOME.
-
     Raises DerkitError where there is none, with the command that trains one, and where the data
-    has other channels or classes than the extractor.
-    """
+    has other channels or classes than the extractor."""
     name = dataset if isinstance(dataset, str) else dataset.name
     path = Path(path or BUNDLED.get(name) or home() / "extractors" / f"{name}.safetensors")
     if not path.is_file():
         raise DerkitError(
             f"no feature extractor for {name}: {path} does not exist. Train one (minutes): python "
-            f"scripts/train_extractor.py --dataset {name} --out {path}, or use inception(FILE)."
-        )
+            f"scripts/train_extractor.py --dataset {name} --out {path}, or use inception(FILE).")
     extractor = load_extractor(path)
     takes = extractor.net.spec["channels"], extractor.net.spec["classes"]
     if dataset != name and takes != (dataset.channels, len(dataset.classes)):
@@ -159,38 +150,29 @@ def extractor_for(dataset: Dataset | str, path: str | os.PathLike | None = None)
     return extractor
 
 
-def find_inception(path: str | os.PathLike | None = None) -> Path | None:
-    """The Inception file: ``path``, else $DERKIT_INCEPTION (it or its folder), else torch hub's."""
-    cached = Path(torch.hub.get_dir()) / "checkpoints"
-    place = Path(path or os.environ.get("DERKIT_INCEPTION") or cached).expanduser()
-    file = place / INCEPTION_FILE if place.is_dir() else place
-    return file if file.is_file() else None
-
-
 def inception(path: str | os.PathLike | None = None) -> Extractor:
-    """Inception-v3, the TensorFlow weights of 2015 that FID is defined with, from a file.
+    """Inception-v3, the TensorFlow weights of 2015 that FID is defined with, from a file: ``path``,
+    else $DERKIT_INCEPTION (it or its folder), else torch hub's.
 
     Raises DerkitError with its address where there is no file. Any other file is refused too and
-    never loaded: torch-fidelity would run the code of a pickle.
-    """
+    never loaded: torch-fidelity would run the code of a pickle."""
     torch_fidelity()
-    file = find_inception(path)
-    sha256 = hashlib.sha256(file.read_bytes()).hexdigest() if file else "no file"
+    hub = Path(torch.hub.get_dir()) / "checkpoints"
+    file = Path(path or os.environ.get("DERKIT_INCEPTION") or hub).expanduser()
+    file = file / INCEPTION_FILE if file.is_dir() else file
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "no file"
     if sha256 != INCEPTION_SHA256:
         raise DerkitError(
             f"IS, FID and KID need the Inception weights (sha256 {INCEPTION_SHA256[:8]}...), found "
-            f"{sha256[:8]} at {file or path or 'the usual places'}. Download {RELEASE}/"
-            f"{INCEPTION_FILE} (91 MB) once and pass its path, or set DERKIT_INCEPTION."
-        )
+            f"{sha256[:8]} at {file}. Download {RELEASE}/{INCEPTION_FILE} (91 MB) once and pass "
+            "its path, or set DERKIT_INCEPTION.")
     info, columns = dict(weights=INCEPTION_FILE), ("IS", "FID", "KID")
     return Extractor("inception-v3-compat", sha256, file, info=info, columns=columns)
 
 
 def judge(dataset: Dataset, file: str | os.PathLike | None = None) -> Extractor | None:
-    """What judges samples of a data set: Inception from ``file`` if given, else `extractor_for`.
-
-    Where that has none: None, and one printed line on how to get one.
-    """
+    """What judges samples of a data set: Inception from ``file`` if given, else `extractor_for`, or
+    where that has none: None, and one printed line on how to get one."""
     if file:
         return inception(file)
     try:

@@ -2,10 +2,7 @@
 
 A folder holds manifest.json (what is made), shards part_00000.npz with their seconds in
 part_00000.json, and at the end summary.json. A shard that is whole and of the right numbers is
-kept. In memory the same shards and batches are made, so that the images are the same.
-"""
-
-from __future__ import annotations
+kept. In memory the same shards and batches are made, so that the images are the same."""
 
 import contextlib
 import copy
@@ -28,6 +25,46 @@ from derkit.generation.starts import INITS, Draw, Pool, fit_pool, local_parts
 from derkit.util import AUTO, DerkitError, images_format, progress, read_json, write_json
 
 
+@dataclass
+class Samples:
+    """Generated images on the CPU, uint8 as real ones are stored; (n,) unless said."""
+
+    images: Tensor  # (n, C, H, W)
+    x0: Tensor  # (n, C, H, W)
+    labels: Tensor
+    index: Tensor  # global number
+    steps: Tensor
+    reached: Tensor  # does the stop rule hold at the end?
+    joint: Tensor  # E(x, y) of the images
+    marginal: Tensor  # E(x)
+    prob: Tensor  # p(y|x)
+    joint0: Tensor  # the same of x0
+    marginal0: Tensor
+    prob0: Tensor
+    target: Tensor  # e*
+    record: dict[str, Any] = field(default_factory=dict, repr=False)  # how they were made
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def statistics(self) -> dict[str, float]:
+        """Means: steps, chains that never moved, that reached their stop, p(y|x), saturation."""
+        rows = dict(steps=self.steps, stopped_at_0=self.steps == 0, reached=self.reached)
+        means = {k: v.double().mean().item() for k, v in (rows | dict(prob=self.prob)).items()}
+        pixels = dict(saturated=saturated(self.images), saturated_x0=saturated(self.x0))
+        return dict(n=len(self)) | means | pixels
+
+    def write(self, path: Path) -> None:
+        """Into the files of a shard: its seconds, then the arrays; each whole or not at all."""
+        buffer = io.BytesIO()
+        np.savez(buffer, **{name: getattr(self, name).numpy() for name in ARRAYS})
+        write_json(path.with_suffix(".json"), self.record)
+        util.atomic_write(path, buffer.getvalue())
+
+
+ARRAYS = tuple(name for name in Samples.__dataclass_fields__ if name != "record")
+
+
 class Job(NamedTuple):
     """A generation, prepared and checked (`prepare`): a sample is a function of its number."""
 
@@ -47,7 +84,7 @@ class Job(NamedTuple):
     def starts(self, index: Tensor | range | list[int]) -> Tensor:
         """x0 (B, C, H, W) in [0, 1]; of ``best_of`` ones that with E(x0, y) nearest to e*."""
         draws = [self.draw(index, candidate) for candidate in range(self.config.best_of)]
-        init, draw = INITS[self.config.init].start, draws[0]
+        init, draw = INITS[self.config.init], draws[0]
         found = torch.stack([init(each, self.pool, self.config) for each in draws])
         found = found.clamp(0, 1).unflatten(2, self.pool.images.shape[1:])
         if len(found) == 1:
@@ -116,53 +153,18 @@ def prepare(model: nn.Module, dataset: Dataset, config: GenerateConfig | None = 
     model = copy.deepcopy(model).to(dtype=dtype, memory_format=images_format(model))
     pool = fit_pool(dataset, classes, config, dtype)
     reference = sampler.reference_energies(model, dataset, config.reference)
-    reference.require(config, classes, dataset.classes)
+    none = [dataset.classes[c] for c in classes if not reference.counts[c]]
+    if none and (config.stop != "fixed" or config.best_of > 1):
+        why = f"best_of={config.best_of}" if config.stop == "fixed" else f"stop={config.stop}"
+        raise DerkitError(f"{why} needs real energies, but the model gets no {config.reference} "
+                          f"image of class {none[0]!r} right. Use stop=fixed with best_of=1, "
+                          "another classifier, or classes=... without it.")
     name = models.describe(model.spec) if hasattr(model, "spec") else type(model).__name__
     manifest = dict(config=config.as_dict(), seed=config.seed, model=name, model_sha256=sha256,
                     dataset=dataset.name, source=dataset.source, data_sha256=dataset.sha256,
                     classes=[dataset.classes[c] for c in classes],
                     env=records.environment(pool.images.device, str(dtype), "the images'"))
     return Job(model, config, pool, reference, classes, manifest)
-
-
-@dataclass
-class Samples:
-    """Generated images on the CPU, uint8 as real ones are stored; (n,) unless said."""
-
-    images: Tensor  # (n, C, H, W)
-    x0: Tensor  # (n, C, H, W)
-    labels: Tensor
-    index: Tensor  # global number
-    steps: Tensor
-    reached: Tensor  # does the stop rule hold at the end?
-    joint: Tensor  # E(x, y) of the images
-    marginal: Tensor  # E(x)
-    prob: Tensor  # p(y|x)
-    joint0: Tensor  # the same of x0
-    marginal0: Tensor
-    prob0: Tensor
-    target: Tensor  # e*
-    record: dict[str, Any] = field(default_factory=dict, repr=False)  # how they were made
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def statistics(self) -> dict[str, float]:
-        """Means: steps, chains that never moved, that reached their stop, p(y|x), saturation."""
-        rows = dict(steps=self.steps, stopped_at_0=self.steps == 0, reached=self.reached)
-        means = {k: v.double().mean().item() for k, v in (rows | dict(prob=self.prob)).items()}
-        pixels = dict(saturated=saturated(self.images), saturated_x0=saturated(self.x0))
-        return dict(n=len(self)) | means | pixels
-
-    def write(self, path: Path) -> None:
-        """Into the files of a shard: its seconds, then the arrays; each whole or not at all."""
-        buffer = io.BytesIO()
-        np.savez(buffer, **{name: getattr(self, name).numpy() for name in ARRAYS})
-        write_json(path.with_suffix(".json"), self.record)
-        util.atomic_write(path, buffer.getvalue())
-
-
-ARRAYS = tuple(name for name in Samples.__dataclass_fields__ if name != "record")
 
 
 def _read(path: Path, numbers: range) -> Samples | None:

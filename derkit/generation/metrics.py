@@ -1,10 +1,7 @@
 """Metrics of generated images, the table that they must not be shown without, and their records.
 
 torch-fidelity computes IS, FID and KID with Inception. Offline, the same formulas on a separate
-small classifier are called CIS, CFD and CKD: they are not comparable with any published FID.
-"""
-
-from __future__ import annotations
+small classifier are called CIS, CFD and CKD: they are not comparable with any published FID."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,8 +33,7 @@ def fidelity(images: Tensor, real: Tensor, extractor: Extractor, *, only: str = 
 
     CIS, CFD, CKD (or IS, FID, KID); precision (share of images inside the real manifold), recall
     (the reverse) with k = 3, arXiv 1904.06991. only: 'all', or 'kernel' for the kernel distance
-    alone (unbiased: usable on few images). Raises DerkitError for other types or shapes.
-    """
+    alone (unbiased: usable on few images). Raises DerkitError for other types or shapes."""
     alike = images.shape[1:] == real.shape[1:] and images.dtype == real.dtype == torch.uint8
     if not alike or images.ndim != 4 or min(len(images), len(real)) < 2:
         found = " and ".join(f"{x.dtype} {tuple(x.shape)}" for x in (images, real))
@@ -51,11 +47,10 @@ def fidelity(images: Tensor, real: Tensor, extractor: Extractor, *, only: str = 
         found = package.calculate_metrics(
             input1=sets[0], input2=sets[1], feature_extractor=extractor.name, isc=every, fid=every,
             kid=True, prc=every, cuda=cuda and torch.cuda.is_available(), batch_size=batch_size,
-            save_cpu_ram=True, cache=False, verbose=False, **options,
-        )
+            save_cpu_ram=True, cache=False, verbose=False, **options)
     keys = (package.KEY_METRIC_ISC_MEAN, package.KEY_METRIC_FID, package.KEY_METRIC_KID_MEAN)
-    names = zip((*keys, "precision", "recall"), (*extractor.columns, "precision", "recall"))
-    return {name: float(found[key]) for key, name in names if key in found}
+    names = dict(zip(keys, extractor.columns, strict=True), precision="precision", recall="recall")
+    return {name: float(found[key]) for key, name in names.items() if key in found}
 
 
 def nearest_train(images: Tensor, train: Tensor, chunk: int = 500) -> tuple[Tensor, Tensor]:
@@ -113,8 +108,7 @@ def metrics_table(samples: dict[str, Samples], dataset: Dataset, extractor: Extr
     nearest-train distance of test images. Ceiling: uniform noise. Of each set its starts stand
     first. Columns: `fidelity`; agreement (share that the extractor puts in their class); pairwise
     L2 in a class; nearest-train L2; near copies; saturated pixels; steps; s / 1000 images.
-    extractor: None leaves out its columns. Raises DerkitError for sets of other sizes or data.
-    """
+    extractor: None leaves out its columns. Raises DerkitError for sets of other sizes or data."""
     if not samples:
         raise DerkitError("metrics_table needs at least one set of samples.")
     first, train, test = next(iter(samples.values())), dataset.train, dataset.test
@@ -176,15 +170,7 @@ def init_by_stop(record: dict[str, Any], model: str, column: str = "CFD") -> pd.
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def per_class(record: dict[str, Any], model: str, column: str = "CKD") -> pd.DataFrame:
-    """A per-class metric, mean over seeds: rows (images, class), for `derkit.plots.class_bars`."""
-    rows = pd.DataFrame(record["per_class"]).query("model == @model")
-    return rows.groupby(["images", "class"], sort=False)[[column]].mean()
-
-
 def published_generation() -> pd.DataFrame:
-    """Published CIFAR-10 figures (IS, FID, source), to stand beside our tables, never in them.
-
-    Protocols differ: no row is comparable with another. Those of arXiv 2505.22486 are not known.
-    """
+    """Published CIFAR-10 figures (IS, FID, source), to stand beside our tables, never in them: the
+    protocols differ, no row is comparable. Those of arXiv 2505.22486 are not known."""
     return pd.read_csv(PUBLISHED, index_col="model")

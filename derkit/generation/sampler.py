@@ -7,10 +7,7 @@ A chain that has stopped leaves the batch and stays as it was (its stop is latch
 to the sample's global index: a result does not depend on the batch, up to the network's rounding.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +19,8 @@ from derkit.config import GenerateConfig
 from derkit.data import Dataset
 from derkit.diagnosis.evaluation import predict
 from derkit.energy import cross_entropy, joint_energy, marginal_energy, upcast
-from derkit.generation.starts import cached, sample_noise
-from derkit.util import DerkitError, autocast, images_format
+from derkit.generation.starts import sample_noise
+from derkit.util import DerkitError, autocast, cached, images_format
 
 
 @dataclass(frozen=True)
@@ -33,23 +30,11 @@ class Reference:
     joint: Tensor  # (M,) float64: E(x, y), sorted inside each class, the classes end to end
     start: Tensor  # (K + 1,): class c is joint[start[c] : start[c + 1]]
 
-    @property
-    def counts(self) -> Tensor:
-        """Correctly classified images of each class, (K,)."""
-        return self.start.diff()
+    counts = property(lambda self: self.start.diff())  # (K,): that many images of each class
 
     def of(self, c: int) -> Tensor:
         """The sorted energies of class c."""
         return self.joint[self.start[c] : self.start[c + 1]]
-
-    def require(self, config: GenerateConfig, classes: list[int], names: list[str]) -> None:
-        """Raise DerkitError if the config needs energies of a class that has none."""
-        none = [names[c] for c in classes if not self.counts[c]]
-        if none and (config.stop != "fixed" or config.best_of > 1):
-            why = f"best_of={config.best_of}" if config.stop == "fixed" else f"stop={config.stop}"
-            raise DerkitError(f"{why} needs real energies, but the model gets no {config.reference}"
-                              f" image of class {none[0]!r} right. Use stop=fixed with best_of=1, "
-                              "another classifier, or classes=... without it.")  # fmt: skip
 
 
 def reference_energies(model: nn.Module, dataset: Dataset, split: str = "train") -> Reference:
@@ -92,63 +77,39 @@ def energy_targets(reference: Reference, index: Tensor, labels: Tensor,
     return torch.lerp(joint[low], joint[torch.minimum(low + 1, last)], place - low)
 
 
-class Limits(NamedTuple):
-    """What chains are held against, (B,) float64 each, NaN without real energies."""
-
-    target: Tensor  # e*
-    mean: Tensor  # of the class's real E(x, y)
-    std: Tensor
-
-
-def fixed(joint: Tensor, limits: Limits, config: GenerateConfig) -> Tensor:
-    """Never: every chain takes config.steps steps."""
-    return torch.zeros_like(joint, dtype=torch.bool)
-
-
-def mean_band(joint: Tensor, limits: Limits, config: GenerateConfig) -> Tensor:
-    """(E(x, y) - mean of the class)^2 small (ECCV'24, width not stated). A step may jump over."""
-    return (joint - limits.mean).abs() < config.band * limits.std
-
-
-def quantile(joint: Tensor, limits: Limits, config: GenerateConfig) -> Tensor:
-    """E(x, y) <= e*: down at the energy of a real image of the class (one-sided, our reading)."""
-    return joint <= limits.target
-
-
-STOPS = {"fixed": fixed, "mean_band": mean_band, "quantile": quantile}
-
-
 def _limits(reference: Reference | None, index: Tensor, labels: Tensor,
-            config: GenerateConfig) -> Limits:  # fmt: skip
+            config: GenerateConfig) -> Tensor:  # fmt: skip
+    """What chains are held against, (3, B) float64, NaN without real energies: e*, mean and
+    standard deviation of the class's real E(x, y)."""
     if reference is not None and (reference.counts[labels] > 0).all():
         classes = [reference.of(c) for c in range(len(reference.counts))]
         mean = torch.stack([e.mean() for e in classes])
         variance = torch.stack([(e - e.mean()).square().sum() / (len(e) - 1) for e in classes])
         target = energy_targets(reference, index, labels, config)
-        return Limits(target, mean[labels], variance.sqrt()[labels])
+        return torch.stack([target, mean[labels], variance.sqrt()[labels]])
     if config.stop != "fixed":
         raise DerkitError(f"stop={config.stop} needs real energies: pass reference_energies(...).")
-    none = torch.full_like(labels, torch.nan, dtype=torch.float64)
-    return Limits(none, none, none)
+    return labels.new_full((3, len(labels)), torch.nan, dtype=torch.float64)
 
 
-def _ended(values: Tensor, limits: Limits, step: int, config: GenerateConfig) -> Tensor:
-    """Which chains end, given their readings (3, B) after ``step`` steps."""
-    stop = STOPS[config.stop](values[0], limits, config)
-    return stop & (values[2] >= config.p_min) & (step >= config.min_steps)
+def _ended(values: Tensor, limits: Tensor, step: int, config: GenerateConfig) -> Tensor:
+    """Which chains end, given their readings (3, B) after ``step`` steps.
+
+    fixed: none. mean_band: (E(x, y) - mean of the class)^2 is small (ECCV'24, width not stated; a
+    step may jump over). quantile: down at the energy of a real image (one-sided, our reading)."""
+    (joint, _, prob), (target, mean, std) = values, limits
+    stop = {"fixed": torch.zeros_like(joint, dtype=torch.bool),
+            "mean_band": (joint - mean).abs() < config.band * std,
+            "quantile": joint <= target}[config.stop]
+    return stop & (prob >= config.p_min) & (step >= config.min_steps)
 
 
-def plain(grad: Tensor, eta: float) -> Tensor:
-    """-eta/2 grad: Langevin's drift, on the model's own scale (ECCV'24)."""
-    return -0.5 * eta * grad
-
-
-def normalised(grad: Tensor, eta: float) -> Tensor:
-    """-eta grad/||grad||_2: every image moves by eta, so that models can be compared."""
-    return -eta * grad / grad.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
-
-
-RULES = {"normalised": normalised, "plain": plain}
+def drift(grad: Tensor, config: GenerateConfig) -> Tensor:
+    """plain: -eta/2 grad, Langevin's drift on the model's own scale (ECCV'24). normalised:
+    -eta grad/||grad||_2, every image moves by eta, so that models can be compared."""
+    if config.rule == "plain":
+        return -0.5 * config.eta * grad
+    return -config.eta * grad / grad.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
 
 
 def guided_energy(logits: Tensor, labels: Tensor, w: float) -> Tensor:
@@ -212,7 +173,7 @@ def sample(model: nn.Module, x0: Tensor, labels: Tensor, index: Tensor, config: 
     moving = torch.ones_like(rows, dtype=torch.bool)
     x, v = x0.contiguous(memory_format=memory), torch.zeros_like(x0)
     out, steps = x0.clone(), torch.full_like(labels, config.steps)  # of all chains
-    path = limits.target.new_full((config.steps + 1, 3, n), torch.nan)  # readings at every step
+    path = limits.new_full((config.steps + 1, 3, n), torch.nan)  # readings at every step
     frames = {}
     same = cudnn.flags(enabled=cudnn.enabled, deterministic=True, allow_tf32=False)  # every time
     with attack_mode(model), autocast(x0.device, config.precision), same:
@@ -221,8 +182,7 @@ def sample(model: nn.Module, x0: Tensor, labels: Tensor, index: Tensor, config: 
             grad, logits = input_gradient(model, x, lambda f, y=y: guided_energy(f, y, config.w))
             values = readings(logits, y)
             path[t][:, rows[moving]] = values[:, moving]
-            mine = Limits(*(limit[rows] for limit in limits))
-            ended = moving & _ended(values, mine, t, config)
+            ended = moving & _ended(values, limits[:, rows], t, config)
             steps[rows[ended]] = t
             moving = moving & ~ended
             if not moving.any():
@@ -231,7 +191,7 @@ def sample(model: nn.Module, x0: Tensor, labels: Tensor, index: Tensor, config: 
                 frames[t] = out.clone()
             keep = _kept(moving, multiple)
             rows, moving, x, v, grad = (part[keep] for part in (rows, moving, x, v, grad))
-            v = config.momentum * v + RULES[config.rule](grad, config.eta)
+            v = config.momentum * v + drift(grad, config)
             x = (x + v).clamp(0, 1)
             out[rows[moving]] = x[moving]
             if config.noise and t < config.steps - 1:  # none on the last step
@@ -246,5 +206,5 @@ def sample(model: nn.Module, x0: Tensor, labels: Tensor, index: Tensor, config: 
     if frames_every:
         frames[int(steps.max())] = out
     film = torch.stack(list(frames.values())) if frames_every else None
-    return Chains(out, x0, labels, index, limits.target, steps, reached, path[0], end,
+    return Chains(out, x0, labels, index, limits[0], steps, reached, path[0], end,
                   path if trace else None, film, list(frames))  # fmt: skip

@@ -3,24 +3,18 @@
 ``init(draw, pool, config) -> x0 (B, D)``, not yet clipped to [0, 1], from random numbers of `Draw`.
 """
 
-from __future__ import annotations
-
-import contextlib
-import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from derkit.config import GenerateConfig
 from derkit.data import Dataset, to_float
-from derkit.util import DerkitError, atomic_write, home, make_generator, progress
+from derkit.util import DerkitError, cached, make_generator, progress
 
 PUBLISHED_SCALE = 0.005 * math.sqrt(4999)  # 0.354 class standard deviations, see `pca_published`
 PURPOSES = {"target": 0, "init": 1, "langevin": 2}  # independent streams of one sample
@@ -39,6 +33,28 @@ def sample_noise(index: Tensor, count: int, seed: int, purpose: str, step: int =
         draw = generator.random if uniform else generator.standard_normal
         draw(out=row)
     return torch.from_numpy(rows).to(dtype).to(index.device)
+
+
+class ClassPCA(NamedTuple):
+    """PCA of one class."""
+
+    mean: Tensor  # (D,)
+    directions: Tensor  # (R, D), orthonormal rows
+    std: Tensor  # (R,) along them: singular value / sqrt(n_c - 1)
+
+
+class Pool(NamedTuple):
+    """Training images by class, and the fits that an init asked for."""
+
+    images: Tensor  # (N, C, H, W) uint8
+    rows: list[Tensor]  # of each class, the indices of its images
+    near: Tensor  # (N, k) indices of the neighbours inside the class (of the chosen classes)
+    pca: dict[int, ClassPCA]
+    dtype: torch.dtype
+
+    def flat(self, index: Tensor) -> Tensor:
+        """Images by index, of any shape (...), as floats (..., D) in [0, 1]."""
+        return to_float(self.images[index].flatten(index.ndim), self.dtype)
 
 
 @dataclass(frozen=True)
@@ -66,14 +82,6 @@ class Draw:
             order = torch.randperm(len(pool.rows[c]), generator=generator)
             out.append(pool.rows[c][order[place]])
         return torch.stack(out)
-
-
-class ClassPCA(NamedTuple):
-    """PCA of one class."""
-
-    mean: Tensor  # (D,)
-    directions: Tensor  # (R, D), orthonormal rows
-    std: Tensor  # (R,) along them: singular value / sqrt(n_c - 1)
 
 
 def class_pca(x: Tensor, retained: float = 1.0) -> ClassPCA:
@@ -107,40 +115,11 @@ def neighbours(x: Tensor, k: int, rank: int) -> Tensor:
     return torch.cat(near)
 
 
-def cached(kind: str, key: tuple, make: Callable[..., Any], *args: Any) -> list[Tensor]:
-    """The tensors of ``make(*args)`` on the CPU, kept in DERKIT_HOME/cache under the key's hash.
-    A damaged file is made anew, a cache that cannot be written is skipped."""
-    name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    path = home() / "cache" / f"{kind}-{name}.safetensors"
-    with contextlib.suppress(OSError, KeyError, SafetensorError):
-        found = load(path.read_bytes())
-        return [found[str(i)] for i in range(len(found))]
-    made = make(*args)
-    tensors = [t.cpu().contiguous() for t in (made if isinstance(made, tuple) else (made,))]
-    with contextlib.suppress(OSError):
-        atomic_write(path, save({str(i): t for i, t in enumerate(tensors)}))
-    return tensors
-
-
-class Pool(NamedTuple):
-    """Training images by class, and the fits that an init asked for."""
-
-    images: Tensor  # (N, C, H, W) uint8
-    rows: list[Tensor]  # of each class, the indices of its images
-    near: Tensor  # (N, k) indices of the neighbours inside the class (of the chosen classes)
-    pca: dict[int, ClassPCA]
-    dtype: torch.dtype
-
-    def flat(self, index: Tensor) -> Tensor:
-        """Images by index, of any shape (...), as floats (..., D) in [0, 1]."""
-        return to_float(self.images[index].flatten(index.ndim), self.dtype)
-
-
 def fit_pool(dataset: Dataset, classes: Sequence[int], config: GenerateConfig,
              dtype: torch.dtype = torch.float32) -> Pool:  # fmt: skip
     """What the config's init needs of the training images of some classes, cached by the data's
     sha256. Raises DerkitError where a class has too few images."""
-    needs = INITS[config.init].needs
+    needs = FITS.get(config.init)
     k = config.k if needs == "near" else 0
     images, labels, sha256 = dataset.train.images, dataset.train.labels, dataset.sha256
     rows = [(labels == c).nonzero().squeeze(1) for c in range(len(dataset.classes))]
@@ -193,8 +172,7 @@ def pca_published(draw: Draw, pool: Pool, config: GenerateConfig) -> Tensor:
     a_i ~ N(0, 0.005^2), s_i singular values, without the component that reaches ``retained``.
 
     As s_i = sqrt(n_c - 1) std_i, that is 0.005 sqrt(4999) = 0.354 class standard deviations on
-    CIFAR-10, and would be another spread at another class size: this kit keeps 0.354 for all.
-    """
+    CIFAR-10, and would be another spread at another class size: this kit keeps 0.354 for all."""
     fits = {c: ClassPCA(fit.mean, fit.directions[:-1], fit.std[:-1]) for c, fit in pool.pca.items()}
     return pca(draw, pool._replace(pca=fits), config.change(scale=PUBLISHED_SCALE))
 
@@ -205,8 +183,7 @@ def local_pca(draw: Draw, pool: Pool, config: GenerateConfig) -> Tensor:
         anchor a ~ class c, N = its k nearest neighbours in class-PCA coordinates, m = their mean
         x0 = m + tau / sqrt(k - 1) sum_j g_j (N_j - m),  g ~ N(0, I_k)
 
-    exactly N(m, tau^2 S_local). Small k and tau: near copies; large k: the class Gaussian.
-    """
+    exactly N(m, tau^2 S_local). Small k and tau: near copies; large k: the class Gaussian."""
     mean, deviation = local_parts(draw, pool, config)
     return mean + config.tau * deviation
 
@@ -231,13 +208,6 @@ def noisy_images(draw: Draw, pool: Pool, config: GenerateConfig) -> Tensor:
     return x + config.image_noise * draw.numbers(x.shape[1], pool)
 
 
-class Init(NamedTuple):
-    """A row of INITS. ``needs``: the fit that it works on ('', 'pca' or 'near')."""
-
-    start: Callable[[Draw, Pool, GenerateConfig], Tensor]
-    needs: str = ""
-
-
-INITS = {"uniform": Init(uniform), "class_gaussian": Init(class_gaussian),
-         "pca_published": Init(pca_published, "pca"), "pca": Init(pca, "pca"),
-         "local_pca": Init(local_pca, "near"), "noisy_images": Init(noisy_images)}  # fmt: skip
+INITS = dict(uniform=uniform, class_gaussian=class_gaussian, pca_published=pca_published, pca=pca,
+             local_pca=local_pca, noisy_images=noisy_images)
+FITS = dict(pca_published="pca", pca="pca", local_pca="near")  # inits that work on a fit

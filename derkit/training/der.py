@@ -12,8 +12,6 @@ E between x and x*, and a hinge on jumps of dE(x) were tried as well and did not
 Logits are (B, K): ``nat`` at x, ``adv`` at x*, ``mid`` at x_u = x + u (x* - x), ``near`` at x + r.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -25,11 +23,8 @@ Logits = dict[str, Tensor]
 
 
 def norm(nat: Tensor, adv: Tensor, y: Tensor, gamma: float = 0.0) -> Tensor:
-    """max(0, sqrt(dE(x)^2 + dE(x, y)^2) - gamma): the move in the energy plane.
-
-    How far the attack moves (E(x), E(x, y)). Reported by a third party as eq. (7) of
-    arXiv 2505.22486. 1e-12 keeps the root's gradient finite at 0.
-    """
+    """max(0, sqrt(dE(x)^2 + dE(x, y)^2) - gamma): how far the attack moves (E(x), E(x, y)), as a
+    third party reports eq. (7) of arXiv 2505.22486. 1e-12 keeps the root's gradient finite at 0."""
     square = delta_energy(nat, adv).square() + delta_energy(nat, adv, y).square()
     return ((square + 1e-12).sqrt() - gamma).clamp_min(0)
 
@@ -53,37 +48,34 @@ class DER:
     """DER in training: asks for the points of its form, and averages over its samples.
 
     "Abnormal" is decided on the logits of the step itself, in the mode in which the model trains;
-    the third party's code decides it with BatchNorm in eval mode, at two more forward passes.
-    """
+    the third party's code decides it with BatchNorm in eval mode, at two more forward passes."""
 
     def __init__(self, config: TrainConfig) -> None:
-        self.form, self.gamma, self.abnormal_only = config.variant, config.gamma, config.masked
-        self.eps, self.ball_norm = config.eps, config.norm
+        self.config = config
 
     def points(self, x: Tensor, x_adv: Tensor, rng: torch.Generator) -> Logits:
         """The images (B, C, H, W) whose logits are needed beside those of x*, by name."""
         points = {"nat": x}
-        if self.form == "segment":
+        if self.config.variant == "segment":
             u = torch.rand(len(x), 1, 1, 1, generator=rng, device=x.device, dtype=x.dtype)
             points["mid"] = torch.lerp(x, x_adv, u)
-        elif self.form == "ball":  # not clipped to [0, 1], as in GradAlign and ELLE
-            points["near"] = x + noise_in_ball(x, self.eps, self.ball_norm, rng)
+        elif self.config.variant == "ball":  # not clipped to [0, 1], as in GradAlign and ELLE
+            points["near"] = x + noise_in_ball(x, self.config.eps, self.config.norm, rng)
         return points
 
     def penalties(self, logits: Logits, y: Tensor) -> Tensor:
         """The form's value for every sample, (B,)."""
-        if self.form == "norm":
-            return norm(logits["nat"], logits["adv"], y, self.gamma)
-        if self.form == "marginal":
-            return marginal(logits["nat"], logits["adv"])
-        if self.form == "segment":
-            return segment(logits["nat"], logits["mid"])
-        return ball(logits["nat"], logits["near"])
+        nat, form = logits["nat"], self.config.variant
+        if form == "norm":
+            return norm(nat, logits["adv"], y, self.config.gamma)
+        if form == "marginal":
+            return marginal(nat, logits["adv"])
+        return segment(nat, logits["mid"]) if form == "segment" else ball(nat, logits["near"])
 
     def __call__(self, logits: Logits, y: Tensor) -> Tensor:
         """Mean over the batch or, with a mask, over its abnormal examples (0 without any)."""
         values = self.penalties(logits, y)
-        if not self.abnormal_only:
+        if not self.config.masked:
             return values.mean()
         chosen = abnormal_mask(logits["nat"], logits["adv"], y)
         return torch.where(chosen, values, 0.0).sum() / chosen.sum().clamp_min(1)

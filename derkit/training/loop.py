@@ -1,21 +1,14 @@
 """Adversarial training: one loop for every method and regulariser, notebooks and shell alike.
 
-    derkit train --preset fashion_mini --method n_fgsm --seed 3
-    torchrun --nproc-per-node 4 -m -- derkit train --preset rice2020
-
 Under torchrun the loss of a step goes through DistributedDataParallel, while attacks and
 regularisers see the bare module. Every process takes its slice of the same permutation; process 0
-evaluates and writes.
-"""
-
-from __future__ import annotations
+evaluates and writes."""
 
 import copy
 import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +25,7 @@ from derkit.attacks import attack_mode
 from derkit.checkpoint import load_checkpoint, load_model, load_state, save_checkpoint, save_state
 from derkit.config import TrainConfig
 from derkit.data import Dataset, load_dataset
+from derkit.diagnosis.evaluation import check_autoattack
 from derkit.diagnosis.overfitting import should_stop
 from derkit.models import build_model
 from derkit.records import Run, environment, run_folder, signature_of, write_lines
@@ -59,19 +53,14 @@ SCHEDULES: dict[str, Callable[[float, float], float]] = {  # (progress, peak) ->
 }
 
 
-# ---------------------------------------------------------------------------------------- a model
-def model_options(config: TrainConfig) -> dict[str, Any]:
-    """The options of `build_model` that the config names."""
+def model_from_config(config: TrainConfig, dataset: Dataset) -> nn.Module:
+    """The config's model, the data set's normaliser inside, initialised from config.seed."""
     own = dict(one_layer=dict(filters=config.filters), small_cnn=dict(bn=config.batch_norm),
                wide_resnet=dict(depth=config.depth),
                preact_resnet18=dict(shortcut=config.shortcut, final_bn=config.final_bn))
-    width = {"width": config.width} if config.width and config.model != "one_layer" else {}
-    return own.get(config.model, {}) | width
-
-
-def model_from_config(config: TrainConfig, dataset: Dataset) -> nn.Module:
-    """The config's model, the data set's normaliser inside, initialised from config.seed."""
-    options = model_options(config)
+    options = own.get(config.model, {})
+    if config.width and config.model != "one_layer":
+        options["width"] = config.width
     if config.normalize:
         options |= dict(mean=dataset.mean, std=dataset.std)
     shape = dataset.channels, len(dataset.classes), dataset.size
@@ -80,7 +69,6 @@ def model_from_config(config: TrainConfig, dataset: Dataset) -> nn.Module:
         return build_model(config.model, *shape, **options)
 
 
-# ----------------------------------------------------------------------------------------- a step
 def forward_together(model: nn.Module, points: dict[str, Tensor]) -> dict[str, Tensor]:
     """The logits of all points, (B, C, H, W) each, from one forward pass."""
     images = list(points.values())
@@ -95,8 +83,7 @@ def train_step(model: nn.Module, x: Tensor, y: Tensor, objective: Objective, reg
     """(loss with its graph, statistics) of one batch x (B, C, H, W) in [0, 1] with labels y (B,).
 
     ``weight`` is lambda at this moment, ``awp`` the size of `awp_weights`. ``forward``: what the
-    loss goes through where that is not the bare model. Nothing is read back to the host.
-    """
+    loss goes through where that is not the bare model. Nothing is read back to the host."""
     with attack_context():
         x_adv, _, start = objective.attack(model, x, y, rng)
     points = {"adv": x_adv.detach(), **objective.points(x)}
@@ -129,52 +116,37 @@ def train_step(model: nn.Module, x: Tensor, y: Tensor, objective: Objective, reg
     return total, statistics
 
 
-# ------------------------------------------------------------------------------ the state of a run
-@dataclass
 class State:
-    """What changes in training. ``attacked``: the model, compiled if asked for. ``forward``: that,
-    wrapped for several processes. ``rows``: a record per epoch."""
+    """What changes in training; the model is moved, and trained, in place. ``attacked``: the model,
+    compiled if asked for. ``forward``: that, wrapped for several processes. ``rows``: a record per
+    epoch. ``best``: PGD accuracy on validation images."""
 
-    config: TrainConfig
-    model: nn.Module
-    ema: AveragedModel | None
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    memory: torch.memory_format
-    attacked: nn.Module
-    forward: nn.Module
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    best: float = -1.0  # PGD accuracy on validation images
-
-    @classmethod
-    def new(cls, config: TrainConfig, model: nn.Module, device: torch.device) -> State:
-        """Before the first epoch. The model is moved, and will be trained, in place."""
+    def __init__(self, config: TrainConfig, model: nn.Module, device: torch.device) -> None:
         if util.world() > 1 and device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         model.to(device, torch.float64 if config.precision == "fp64" else torch.float32)
-        memory = util.images_format(model) if config.channels_last else torch.contiguous_format
-        model.to(memory_format=memory)
-        average = get_ema_multi_avg_fn(config.ema)
-        ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True) if config.ema else None
+        self.memory = torch.contiguous_format
+        if config.channels_last:
+            self.memory = util.images_format(model)
+        model.to(memory_format=self.memory)
+        average = dict(multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+        self.ema = AveragedModel(model, **average) if config.ema else None
         common = dict(lr=config.lr, weight_decay=config.weight_decay, fused=device.type == "cuda")
         if config.optimizer == "adam":
-            optimizer = torch.optim.Adam(model.parameters(), **common)
+            self.optimizer = torch.optim.Adam(model.parameters(), **common)
         else:
-            optimizer = torch.optim.SGD(model.parameters(), momentum=config.momentum, **common)
-        scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        attacked = torch.compile(model) if config.compile else model
-        forward = DistributedDataParallel(attacked) if util.world() > 1 else attacked
-        return cls(config, model, ema, optimizer, scaler, memory, attacked, forward)
+            common["momentum"] = config.momentum
+            self.optimizer = torch.optim.SGD(model.parameters(), **common)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.config, self.model = config, model
+        self.attacked = attacked = torch.compile(model) if config.compile else model
+        self.forward = DistributedDataParallel(attacked) if util.world() > 1 else attacked
+        self.rows: list[dict[str, Any]] = []
+        self.best = -1.0
 
-    @property
-    def epoch(self) -> int:
-        """Finished epochs."""
-        return len(self.rows)
-
-    @property
-    def judged(self) -> nn.Module:
-        """The weights that are evaluated and kept: the moving average if there is one."""
-        return self.ema.module if self.ema else self.model
+    epoch = property(lambda self: len(self.rows))  # finished ones
+    # what is evaluated and kept: the moving average if there is one
+    judged = property(lambda self: self.ema.module if self.ema else self.model)
 
     def save(self, path: Path) -> None:
         """Everything that a killed run needs to go on to the same bytes."""
@@ -191,7 +163,6 @@ class State:
         self.rows, self.best = saved["rows"], saved["best"]
 
 
-# ---------------------------------------------------------------------------------------- an epoch
 def _batches(state: State, dataset: Dataset, rng: torch.Generator):
     """(x, y, share): this process's slice of every batch, and what its mean counts for in DDP's
     mean over processes. A batch with fewer images than processes is computed by all of them."""
@@ -270,7 +241,6 @@ def _check_finite(state: State, table: dict[str, list[float]]) -> None:
         raise FloatingPointError(f"the weights are not finite after {where}.")
 
 
-# ------------------------------------------------------------------------------------------- a run
 def train(config: TrainConfig, dataset: Dataset | None = None, *, model: nn.Module | None = None,
           folder: str | Path | None = None, resume: bool = True, verbose: bool = True) -> Run:
     """Train, evaluate, record; returns the run (`Run.epochs`, `Run.final`, `Run.model()`).
@@ -281,8 +251,7 @@ def train(config: TrainConfig, dataset: Dataset | None = None, *, model: nn.Modu
     config is loaded, not trained again; an unfinished one goes on from its last epoch to the same
     result (``resume=False``: starts anew). Raises DerkitError for bad input before any work and for
     files that cannot be written (what is there stays), FloatingPointError for a loss or weights
-    that are not finite.
-    """
+    that are not finite."""
     with util.processes():
         say = print if verbose and util.rank() == 0 else (lambda text: None)
         config, dataset, env = util.in_turn(partial(_prepare, config, dataset, model))
@@ -294,7 +263,7 @@ def train(config: TrainConfig, dataset: Dataset | None = None, *, model: nn.Modu
             util.first(partial(_finish, folder, dataset, config, model, say))
             return Run(folder)
         own = model if model is not None else model_from_config(config, dataset)
-        state = State.new(config, own, device)
+        state = State(config, own, device)
         hold = partial(util.hold, folder, "training") if util.rank() == 0 else nullcontext
         with util.everywhere(hold):
             util.first(is_finished)  # another process may have been quicker, with another config
@@ -305,7 +274,11 @@ def train(config: TrainConfig, dataset: Dataset | None = None, *, model: nn.Modu
             try:
                 _fit(folder, state, dataset, say)
             except FloatingPointError as error:
-                error.args = (f"{error} {_last_good(folder)}",)
+                left = "No checkpoint was written before."
+                if (folder / "last.pt").is_file():
+                    epoch = len(load_state(folder / "last.pt", "cpu")["rows"])
+                    left = f"The last good one is {folder / 'last.pt'} (epoch {epoch})."
+                error.args = (f"{error} {left}",)
                 raise
             util.first(partial(_finish, folder, dataset, config, model, lambda text: None))
         return Run(folder)
@@ -330,7 +303,8 @@ def _prepare(config: TrainConfig, dataset: Dataset | None, model: nn.Module | No
             config.dataset, config.data_dir or None, device, download=config.download,
             train_size=config.train_size, valid_size=config.valid_size,
             image_size=config.image_size or None)
-    monitor.check_further(dataset, config)
+    if config.autoattack_size:
+        check_autoattack(config.eps, len(dataset.classes))
     return config, dataset, environment(device, precision, why)
 
 
@@ -412,10 +386,8 @@ def _save_weights(path: Path, state: State) -> None:
 
 
 def _finish(folder: Path, dataset: Dataset, config: TrainConfig, model, say) -> None:
-    """Test the last and the best epoch, as far as final.json lacks what the config asks for.
-
-    final.json is the mark of a finished run.
-    """
+    """Test the last and the best epoch, as far as final.json, the mark of a finished run, lacks
+    what the config asks for."""
     before = Run(folder).final
     result, device = dict(before), dataset.train.images.device
     for which, file in dict(last="final.safetensors", best="best.safetensors").items():
@@ -433,11 +405,3 @@ def _finish(folder: Path, dataset: Dataset, config: TrainConfig, model, say) -> 
     if result != before:
         with util.disk_errors(folder):
             util.write_json(folder / "final.json", result)
-
-
-def _last_good(folder: Path) -> str:
-    """What a run that stopped on NaN has left, in words."""
-    if not (folder / "last.pt").is_file():
-        return "No checkpoint was written before."
-    epoch = len(load_state(folder / "last.pt", "cpu")["rows"])
-    return f"The last good one is {folder / 'last.pt'} (epoch {epoch})."

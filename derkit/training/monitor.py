@@ -1,8 +1,5 @@
 """What is measured after every epoch and at the end of a run."""
 
-from __future__ import annotations
-
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,25 +11,27 @@ from derkit.config import TrainConfig
 from derkit.data import Dataset, Split
 from derkit.diagnosis import evaluation
 from derkit.training.objectives import Objective
-from derkit.util import DerkitError, make_generator
+from derkit.util import make_generator
 
 
-def _attacked(model: nn.Module, split: Split, config: TrainConfig, steps: int) -> list[Tensor]:
-    """Logits under FGSM and under PGD, at the config's eps and norm."""
+def _accuracies(model: nn.Module, split: Split, config: TrainConfig,
+                steps: int) -> tuple[dict[str, float], Tensor, Tensor]:
+    """Accuracy on images as they are, under FGSM and under PGD; logits of the first and last."""
     weak = evaluation.fgsm_attack(config.eps, config.norm)
     hard = evaluation.pgd_attack(config.eps, steps, norm=config.norm)
-    return [evaluation.attack_split(model, split, attack)[1] for attack in (weak, hard)]
+    logits = dict(clean=evaluation.predict(model, split))
+    logits |= {name: evaluation.attack_split(model, split, attack)[1]
+               for name, attack in (("fgsm", weak), ("pgd", hard))}
+    record = {name: evaluation.accuracy(f, split.labels) for name, f in logits.items()}
+    return record, logits["clean"], logits["pgd"]
 
 
 def _split_record(model: nn.Module, split: Split, config: TrainConfig) -> dict[str, float]:
     """Accuracies and losses, clean and attacked, and the energies that PGD moves."""
-    y, natural = split.labels, evaluation.predict(model, split)
-    weak, hard = _attacked(model, split, config, config.eval_steps)
-    record = {name: evaluation.accuracy(logits, y)
-              for name, logits in (("clean", natural), ("fgsm", weak), ("pgd", hard))}
-    record["loss"] = energy.cross_entropy(natural, y).mean().item()
-    record["pgd_loss"] = energy.cross_entropy(hard, y).mean().item()
-    summary = evaluation.energy_summary(natural, hard, y)
+    record, natural, hard = _accuracies(model, split, config, config.eval_steps)
+    record["loss"] = energy.cross_entropy(natural, split.labels).mean().item()
+    record["pgd_loss"] = energy.cross_entropy(hard, split.labels).mean().item()
+    summary = evaluation.energy_summary(natural, hard, split.labels)
     return record | {f"pgd_{name}": value for name, value in summary.items()}
 
 
@@ -57,10 +56,8 @@ def _probe_signals(model: nn.Module, probe: Split, config: TrainConfig, whole: b
 
 def epoch_evaluation(model: nn.Module, dataset: Dataset, config: TrainConfig,
                      epoch: int) -> dict[str, float]:
-    """The record of an epoch: accuracies on validation and probe images, energies, signals.
-
-    The probe: the first ``probe_size`` training images, the same in every epoch.
-    """
+    """The record of an epoch: accuracies on validation and probe images, energies, signals. The
+    probe: the first ``probe_size`` training images, the same in every epoch."""
     probe = dataset.train.take(slice(config.probe_size))
     parts = {"valid": dataset.valid.take(slice(config.eval_size)), "probe": probe}
     record = {f"{name}_{key}": value for name, split in parts.items()
@@ -68,20 +65,6 @@ def epoch_evaluation(model: nn.Module, dataset: Dataset, config: TrainConfig,
     whole = epoch % config.probe_every == 0 or epoch == config.epochs
     record |= _probe_signals(model, probe, config, whole)
     return {name: round(value, 6) for name, value in record.items()}
-
-
-# ----------------------------------------------------------------------------- at the end of a run
-def check_further(dataset: Dataset, config: TrainConfig) -> None:
-    """Raise DerkitError before training where the config's AutoAttack cannot run after it."""
-    if not config.autoattack_size:
-        return
-    if find_spec("pyautoattack") is None:
-        raise DerkitError("autoattack_size needs the package pyautoattack: pip install "
-                          '"derkit[eval]", or set autoattack_size=0.')
-    if config.eps == 0 or len(dataset.classes) < 4:
-        found = f"{config.eps:g} and {len(dataset.classes)}"
-        raise DerkitError(f"AutoAttack needs eps > 0 and at least 4 classes, found {found}: "
-                          "set autoattack_size=0.")
 
 
 def lacking(known: dict[str, Any], dataset: Dataset, config: TrainConfig,
@@ -97,19 +80,14 @@ def lacking(known: dict[str, Any], dataset: Dataset, config: TrainConfig,
 
 def final_evaluation(model: nn.Module, dataset: Dataset, config: TrainConfig,
                      known: dict[str, Any] | None = None, best: bool = False) -> dict[str, Any]:
-    """Test accuracies, each with its number of images, and the energies that PGD moves.
-
-    Clean, FGSM, PGD; as far as asked for the strong suite, PGD-50-10, AutoAttack. All run in the
-    precision of the weights, BatchNorm in eval mode. ``known``: results that are kept.
-    """
+    """Test accuracies, each with its number of images, and the energies that PGD moves: clean,
+    FGSM, PGD; as far as asked for the strong suite, PGD-50-10, AutoAttack. All run in the precision
+    of the weights, BatchNorm in eval mode. ``known``: results that are kept."""
     out, eps, norm = dict(known or {}), config.eps, config.norm
     parts = lacking(out, dataset, config, best)
     if test := parts.get("images"):
-        natural = evaluation.predict(model, test)
-        weak, hard = _attacked(model, test, config, config.final_steps)
-        out |= {name: evaluation.accuracy(logits, test.labels)
-                for name, logits in (("clean", natural), ("fgsm", weak), ("pgd", hard))}
-        out |= dict(pgd_steps=config.final_steps, images=len(test))
+        record, natural, hard = _accuracies(model, test, config, config.final_steps)
+        out |= record | dict(pgd_steps=config.final_steps, images=len(test))
         summary = evaluation.energy_summary(natural, hard, test.labels)
         out |= {name: summary[name] for name in ("dE", "dEy", "aae")}
     if part := parts.get("strong_images"):

@@ -2,10 +2,7 @@
 
 Every object here keeps what the config says and what one step needs. All points of a step go
 through the model in one forward: an objective or regulariser names the images that it needs
-(``points``) and is called with their logits.
-"""
-
-from __future__ import annotations
+(``points``) and is called with their logits."""
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +15,6 @@ from derkit.energy import abnormal_mask, cross_entropy, loss_linearity, marginal
 from derkit.training.der import DER, Logits
 
 
-# ------------------------------------------------------------------------------------------- losses
 def trades(nat: Tensor, adv: Tensor, y: Tensor, beta: float = 6.0) -> Tensor:
     """CE(x, y) + beta KL(p(.|x) || p(.|x*)), (B,), gradient through both (arXiv 1901.08573)."""
     log_p = F.log_softmax(upcast(nat), 1)
@@ -50,11 +46,9 @@ def aaer(start: Tensor, adv: Tensor, y: Tensor) -> Tensor:
 
 
 def awp_weights(model: nn.Module, loss: Tensor, gamma: float) -> dict[str, Tensor]:
-    """AWP (arXiv 2004.05884): weights moved, layer by layer, to where the loss is higher.
-
-    w + gamma |w| g / |g| for every weight of two or more dimensions, g = dloss/dw: one step of the
-    authors' proxy. Gradients of a loss at them reach w itself (`torch.func.functional_call`).
-    """
+    """AWP (arXiv 2004.05884): weights moved, layer by layer, to where the loss is higher, by a step
+    of the authors' proxy: w + gamma |w| g / |g| for those of two or more dimensions, g = dloss/dw.
+    Gradients of a loss at them reach w itself (`torch.func.functional_call`)."""
     weights = {name: p for name, p in model.named_parameters() if p.ndim > 1}
     gradients = torch.autograd.grad(loss, list(weights.values()))
     return {name: w + gamma * w.detach().norm() * g / g.norm().clamp_min(1e-20)
@@ -79,13 +73,9 @@ class Objective:
             loss = "kl" if self.natural else "ce"
             options |= dict(alpha=c.step_size, steps=c.steps, norm=c.norm, loss=loss)
             return attacks.pgd(model, x, y, c.eps, **options), None, None
-        if c.method != "fgsm":
-            options["alpha"] = c.step_size
-        if c.method == "n_fgsm":
-            options["k"] = c.k
-        if c.method == "zerograd":
-            options["q"] = c.q
-        return attacks.ATTACKS[c.method](model, x, y, c.eps, return_start=True, **options)
+        options |= dict(alpha=c.step_size, return_start=True)
+        options |= dict(n_fgsm=dict(k=c.k), zerograd=dict(q=c.q)).get(c.method, {})
+        return attacks.ATTACKS[c.method](model, x, y, c.eps, **options)
 
     def points(self, x: Tensor) -> Logits:
         """The images that the loss needs beside x*."""
@@ -93,26 +83,21 @@ class Objective:
 
     def __call__(self, logits: Logits, y: Tensor) -> Tensor:
         """The mean loss of a batch."""
-        if self.config.method == "trades":
-            return trades(logits["nat"], logits["adv"], y, self.config.beta).mean()
-        if self.config.method == "weat":
-            return weat(logits["nat"], logits["adv"], y, self.config.beta).mean()
+        if self.natural:
+            loss = trades if self.config.method == "trades" else weat
+            return loss(logits["nat"], logits["adv"], y, self.config.beta).mean()
         return cross_entropy(logits["adv"], y).mean()
 
 
-# ------------------------------------------------------------------------------------- regularisers
 class ELLE:
-    """ELLE (OpenReview SZzQz8ikwg): the loss is linear on random triplets of the ball.
-
-    mean (l(x_c) - (1 - u) l(x_a) - u l(x_b))^2 with x_c = (1 - u) x_a + u x_b.
-    """
+    """ELLE (OpenReview SZzQz8ikwg): `loss_linearity` on random triplets of the ball."""
 
     def __init__(self, config: TrainConfig) -> None:
-        self.eps, self.norm = config.eps, config.norm
-        self.u: Tensor | None = None
+        self.config = config
 
     def points(self, x: Tensor, x_adv: Tensor, rng: torch.Generator) -> Logits:
-        a, b = (x + noise_in_ball(x, self.eps, self.norm, rng) for _ in range(2))
+        eps, norm = self.config.eps, self.config.norm
+        a, b = (x + noise_in_ball(x, eps, norm, rng) for _ in range(2))
         self.u = torch.rand(len(x), generator=rng, device=x.device, dtype=x.dtype)
         return {"a": a, "b": b, "c": torch.lerp(a, b, self.u.view(-1, 1, 1, 1))}
 
@@ -121,31 +106,24 @@ class ELLE:
 
 
 class GradAlign:
-    """GradAlign (arXiv 2007.02617): mean 1 - cos(grad l(x), grad l(x + r)), r uniform in the ball.
-
-    The gradient at x is detached. Samples with a zero gradient count as aligned. It asks for no
-    points: its gradients need a graph of their own.
-    """
+    """GradAlign (arXiv 2007.02617): mean 1 - cos(grad l(x), grad l(x + r)), r uniform in the ball,
+    the gradient at x detached. Samples with a zero gradient count as aligned. It asks for no
+    points: its gradients need a graph of their own."""
 
     def __init__(self, config: TrainConfig, model: nn.Module) -> None:
-        self.eps, self.norm, self.bn_mode = config.eps, config.norm, config.bn_mode
-        self.model = model
+        self.config, self.model = config, model
 
     def points(self, x: Tensor, x_adv: Tensor, rng: torch.Generator) -> Logits:
-        self.x, self.near = x, x + noise_in_ball(x, self.eps, self.norm, rng)
+        self.x, self.near = x, x + noise_in_ball(x, self.config.eps, self.config.norm, rng)
         return {}
 
-    def gradients(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """(grad l(x) detached, grad l(x + r) with its graph), flattened to (B, D)."""
-        with attack_mode(self.model, self.bn_mode):
-            at_x, _ = input_gradient(self.model, self.x, lambda f: cross_entropy(f, y))
+    def __call__(self, logits: Logits, y: Tensor) -> Tensor:
+        with attack_mode(self.model, self.config.bn_mode):
+            a, _ = input_gradient(self.model, self.x, lambda f: cross_entropy(f, y))
             near = self.near.detach().requires_grad_(True)
             loss = cross_entropy(self.model(near), y).sum()
-            at_near = torch.autograd.grad(loss, near, create_graph=True)[0]
-        return at_x.flatten(1), at_near.flatten(1)
-
-    def __call__(self, logits: Logits, y: Tensor) -> Tensor:
-        a, b = self.gradients(y)
+            b = torch.autograd.grad(loss, near, create_graph=True)[0]
+        a, b = a.flatten(1), b.flatten(1)
         alive = (a.norm(dim=1) > 0) & (b.detach().norm(dim=1) > 0)
         # ones keep NaN out of the cosine's backward pass
         a, b = (torch.where(alive[:, None], g, 1.0) for g in (a, b))
@@ -174,10 +152,8 @@ def make_regularizer(config: TrainConfig, model: nn.Module) -> DER | ELLE | Grad
 
 
 def weight_at(config: TrainConfig, progress: float) -> float:
-    """lambda after a share ``progress`` of training: 0 before ``start``, rising over ``warmup``.
-
-    GradAlign and AAER have their full weight from the first step on, as published.
-    """
+    """lambda after a share ``progress`` of training: 0 before ``start``, rising over ``warmup``;
+    GradAlign and AAER have their full weight from the first step on, as published."""
     if config.regularizer == "none" or progress < config.start:
         return 0.0
     if config.regularizer in ("gradalign", "aaer") or config.warmup == 0:

@@ -248,7 +248,7 @@ _MINI = dict(width=8, precision="fp64", train_size=3000)
 _ONE = dict(model="one_layer", method="fgsm", optimizer="adam", lr=0.003, schedule="triangular",
             peak=0.4, precision="fp32", eval_size=1000, strong_size=1000)
 _CO = _ONE | dict(train_size=3000, eps="40/255")
-_CO_CIFAR = _ONE | dict(dataset="cifar10", filters=16, train_size=10000, eps="8/255")
+_CO_CIFAR = _ONE | dict(dataset="cifar10", filters=16, train_size=10000, eps="10/255")
 _RO = _MINI | dict(method="pgd", steps=4, eps=0.07, attack_bn="eval", epochs=45, lr=0.05, width=16,
                    train_size=250, batch_size=32, weight_decay=0, eval_size=128, eval_steps=5,
                    probe_size=50, final_size=500, warmup=0.15)

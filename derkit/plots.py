@@ -146,21 +146,6 @@ def alarm_leads(tables: Mapping[str, pd.DataFrame], save: Save = None) -> None:
             axis.axvline(0, **ONSET)
 
 
-def energy_histograms(panels: Mapping[str, list], key: str = "E", save: Save = None) -> None:
-    """Histograms of the energies ('E' or 'Ey') in lists of `AttackEnergies`, a panel per model."""
-    labels = dict(xlabel=dict(E="E(x)", Ey="E(x, y)")[key], ylabel="density")
-    with _panels(save, 4.6, 3.2, list(panels), size=7, **labels) as axes:
-        for axis, results in zip(axes, panels.values(), strict=True):
-            natural = getattr(results[0], key)
-            attacked = {r.attack: getattr(r, f"{key}_adv") for r in results}
-            ends = np.quantile(np.concatenate([natural, *attacked.values()]), [0.002, 0.998])
-            options = dict(bins=np.linspace(*ends, 50), density=True)
-            axis.hist(natural, color="0.8", label="natural", **options)
-            for i, (name, values) in enumerate(attacked.items()):
-                look = dict(ls=STYLES[i], color=COLORS[i], histtype="step", lw=1.6)
-                axis.hist(values, label=name, **look, **options)
-
-
 def energy_map(panels: Mapping[str, landscape.AttackEnergies], save: Save = None) -> None:
     """(E(x), E(x, y)) of natural and adversarial samples; on the diagonal the loss is 0. Arrows
     lead from x to x* for the first sixty."""

@@ -140,8 +140,7 @@ def experiment(label: str, preset: str, common: dict[str, Any], *, group: str = 
 
 # ---------------------------------------------------- catastrophic overfitting of a single layer
 TUNED = ("weight", "alpha", "k", "q")  # fields that a sweep may choose
-CIFAR_ROWS = ("fgsm", "rs_fgsm, published step", "n_fgsm", "fgsm + der norm", "fgsm + der ball",
-              "pgd-10", "fgsm + gradalign")
+CIFAR_ROWS = ("fgsm", "n_fgsm", "fgsm + der norm", "fgsm + der ball")
 
 
 def settings(eps: float, wide: bool = False) -> dict[str, list[dict[str, float]]]:
@@ -201,9 +200,9 @@ def co_fashion_mini() -> list[Experiment]:
 
 
 def co_cifar10() -> list[Experiment]:
-    """Catastrophic overfitting on 10,000 images of CIFAR-10: one layer of 16 filters, eps 8/255,
-    30 epochs. The rows that matter at the best of three settings on validation images, three
-    seeds."""
+    """Catastrophic overfitting on 10,000 images of CIFAR-10: one layer of 16 filters, eps
+    10/255, 30 epochs. Tuned rows at the best of three settings on validation images, three
+    seeds. (At 8/255 FGSM stayed healthy for 30 epochs.)"""
     return one_layer("cifar10_co", (0, 1, 2), CIFAR_ROWS, wide=True)
 
 

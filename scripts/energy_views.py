@@ -20,7 +20,7 @@ from derkit.training.loop import train
 from derkit.util import choose_device, pick, write_json
 
 DATA = {"fashion_mini": dict(preset="fashion_co", eps="0.1"),
-        "cifar10": dict(preset="cifar10_co", eps="8/255")}
+        "cifar10": dict(preset="cifar10_co")}
 KINDS = dict(standard=dict(method="standard"), robust=dict(method="pgd", steps=7))
 SEEDS = (0, 1, 2)
 LATE = dict(eval_from=0.9, strong_size=0)

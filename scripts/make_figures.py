@@ -28,8 +28,8 @@ CURVES = {  # file: suite, kind of overfitting, runs (the first seed of each)
     "collapse_cifar10": ("co_cifar10", "co", ROWS),
     "ro_fashion_mini": ("ro_fashion_mini", "ro", ("pgd", "pgd + der")),
 }
-COLLAPSES = {"co_fashion_mini": "bundled images, eps 40/255", "co_cifar10": "CIFAR-10, eps 8/255",
-             "co_cifar100": "CIFAR-100, eps 8/255"}
+COLLAPSES = {"co_fashion_mini": "bundled images, eps 40/255", "co_cifar10": "CIFAR-10, eps 10/255",
+             "co_cifar100": "CIFAR-100, eps 10/255"}
 GRIDS = {"generation_local_fashion_mini": "local PCA, quantile stop",
          "generation_eccv24_fashion_mini": "ECCV'24, eta 0.8, 20 steps"}
 

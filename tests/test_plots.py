@@ -53,7 +53,6 @@ FIGURES = {  # function: arguments
     "scoreboard": lambda: [{"toy": bars.rename(columns=lambda c: c.replace("pgd", "aa")).assign(
         **{"aa min": 0.3, "aa max": 0.5})}],
     "alarm_leads": lambda: [{"toy": co_alarms(runs("fgsm")[0])}],
-    "energy_histograms": lambda: [{"m": [attack, attack], "n": [attack]}, "Ey"],
     "energy_map": lambda: [{"m": attack, "n": attack}],
     "delta_by_strength": lambda: [pd.DataFrame(strength)],
     "roc_curves": lambda: [{"m": (u, u, 0.5)}],

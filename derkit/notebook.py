@@ -115,14 +115,10 @@ def show(table: pd.DataFrame, digits: int = 3) -> None:
 
 
 def slider(draw: Callable[[Any], None], name: str, values: Sequence[Any], shown: int = 0) -> None:
-    """One picture for each value, behind a slider where a person sits at the notebook.
-
-    ``draw(value)`` leaves a pyplot figure open. All pictures are drawn beforehand, so that the
-    slider moves at once. Where nobody can move it (papermill, nbval: they let no cell ask for
-    input), or without ipywidgets, there is the picture of ``values[shown]`` alone.
-    """
-    from IPython import get_ipython
-    from IPython.display import display
+    """One picture for each value, drawn beforehand, behind a slider; ``draw(value)`` leaves a
+    pyplot figure open. Where nobody can move it (papermill and nbval let no cell ask for input),
+    or without ipywidgets, there is the picture of ``values[shown]`` alone."""
+    from IPython import display, get_ipython
 
     asked = getattr(get_ipython(), "get_parent", dict)().get("content", {})
     if not (asked.get("allow_stdin") and find_spec("ipywidgets")):
@@ -140,7 +136,7 @@ def slider(draw: Callable[[Any], None], name: str, values: Sequence[Any], shown:
     control = ipywidgets.SelectionSlider(description=name, options=frames, index=shown)
     image = ipywidgets.Image(value=control.value, format="png")
     ipywidgets.dlink((control, "value"), (image, "value"))
-    display(ipywidgets.VBox([control, image]))
+    display.display(ipywidgets.VBox([control, image]))
 
 
 def say(text: str) -> None:

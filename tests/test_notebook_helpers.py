@@ -1,7 +1,9 @@
 """The notebooks' guard, configuration and output helpers."""
 
 import sys
+from unittest.mock import MagicMock
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
@@ -58,3 +60,25 @@ def test_output(capsys):
     out = capsys.readouterr().out
     assert out.startswith("PASS  it holds\nFAIL  it does not\n")
     assert out.endswith("\n0.123 " + "x" * 200 + "  -\n")
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_slider_is_a_picture_where_nobody_can_move_it(asked, monkeypatch):
+    drawn, shown = [], []
+    shell = MagicMock(get_parent=lambda: {"content": {"allow_stdin": asked}})
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    monkeypatch.setattr("IPython.display.display", shown.append)
+
+    def draw(value):
+        drawn.append(value)
+        plt.plot([0, value])
+
+    notebook.slider(draw, "eps", [0.1, 0.25], shown=1)
+    assert not plt.get_fignums() and drawn == ([0.1, 0.25] if asked else [0.25])
+    assert len(shown) == asked
+    if asked:
+        control, image = shown[0].children
+        before = image.value
+        assert [name for name, _ in control.options] == ["0.1", "0.25"] and control.label == "0.25"
+        control.index = 0
+        assert image.value == control.value != before, "the picture follows the slider"

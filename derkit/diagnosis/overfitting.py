@@ -5,7 +5,7 @@ before than three times the noise from epoch to epoch, and by at least a fixed m
 quiet start does not make noise an alarm (the adaptive idea is ELLE-A's)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -13,8 +13,7 @@ import pandas as pd
 from derkit.records import METRICS, Run
 
 
-@dataclass(frozen=True)
-class Signal:
+class Signal(NamedTuple):
     """A recorded column, how it moves at CO (+1 up, -1 down, 0 either), least move, cost."""
 
     column: str
@@ -55,23 +54,11 @@ def should_stop(rows: list[dict]) -> bool:
     return first_alarm(epochs, name) is not None
 
 
-def step_alarm(series: np.ndarray, window: int) -> int:
-    """The step (from 1) of the largest rise of a series: means of half windows after and before."""
-    half = max(1, window // 2)
-    edges = np.full(half, series[:half].mean()), np.full(half, series[-half:].mean())
-    total = np.cumsum(np.nan_to_num(np.concatenate([[0.0], edges[0], series, edges[1]])))
-    i = np.arange(len(series)) + half
-    rise = (total[i + half] - total[i]) - (total[i] - total[i - half])
-    return int(rise.argmax()) + 1
-
-
-@dataclass(frozen=True)
-class Onset:
+class Onset(NamedTuple):
     """CO: ``epoch`` (from 1) from which PGD accuracy had lost half of its ``peak``, ``after``: what
-    it was then, ``step`` (from 1): the largest rise of the AAE share or of training accuracy."""
+    it was then."""
 
     epoch: int
-    step: int
     peak: float
     after: float
 
@@ -92,11 +79,8 @@ def co_onset(run: Run, share: float = 0.5) -> Onset | None:
     hits = [i for i in np.flatnonzero(low) if low[i:].mean() >= 0.75]
     if not hits:
         return None
-    epoch, per_epoch = int(hits[0]) + 1, len(run.epochs["steps"].iloc[0]["acc"])
-    column = "aae" if run.epochs["train_aae"].notna().any() else "acc"
-    series = np.array(run.steps(column), dtype=float)[: epoch * per_epoch]
-    peak, after = float(pgd[:epoch].max()), float(pgd[epoch - 1])
-    return Onset(epoch, step_alarm(series, per_epoch), peak, after)
+    epoch = int(hits[0]) + 1
+    return Onset(epoch, float(pgd[:epoch].max()), float(pgd[epoch - 1]))
 
 
 def co_alarms(run: Run) -> pd.DataFrame:
@@ -129,8 +113,7 @@ def alarm_summary(runs: Sequence[Run]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-@dataclass(frozen=True)
-class RobustOverfitting:
+class RobustOverfitting(NamedTuple):
     """RO of a run, in accuracy. ``gap``: best - mean of the last five epochs on validation images.
     ``test_gap``: best - last on test images, the best epoch chosen on validation. ``onset``: first
     epoch from which the five-epoch mean stays more than a point below its best (None: no RO).

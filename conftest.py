@@ -1,4 +1,5 @@
-"""Settings for notebooks/ and tests/: a private DERKIT_HOME, no progress bars, and what nbval leaves uncompared."""
+"""Settings for notebooks/ and tests/: a private DERKIT_HOME, no progress bars, and what nbval leaves
+uncompared."""
 
 import os
 import shutil
@@ -6,7 +7,7 @@ import tempfile
 
 os.environ["TQDM_DISABLE"] = "1"
 _HOME = tempfile.mkdtemp(prefix="derkit-pytest-")
-os.environ["DERKIT_HOME"] = _HOME  # notebook kernels inherit it: every session starts without earlier runs
+os.environ["DERKIT_HOME"] = _HOME  # kernels inherit it: every session starts without earlier runs
 
 
 def pytest_collectstart(collector):

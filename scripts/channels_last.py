@@ -100,7 +100,7 @@ def main() -> None:
                 if found != "fine":
                     names = ("convolution", "phase", "channels", "filters", "size", "stride")
                     case = (kind, phase, inside, filters, size, stride)
-                    unsafe.append(dict(zip(names, case), outcome=found))
+                    unsafe.append(dict(zip(names, case, strict=True), outcome=found))
     record = json.loads(file.read_text()) if file.is_file() else {}
     gains = {width: gain(width) for width in (2, 4, 8, 16, 32)}
     record[torch.__version__] = dict(cpu=torch.backends.cpu.get_cpu_capability(), cases=cases,

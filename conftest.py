@@ -1,5 +1,5 @@
-"""Settings for notebooks/ and tests/: a private DERKIT_HOME, no progress bars, and what nbval leaves
-uncompared."""
+"""Settings for notebooks/ and tests/: a private DERKIT_HOME, no progress bars, and what nbval
+leaves uncompared."""
 
 import os
 import shutil

@@ -140,7 +140,7 @@ def experiment(label: str, preset: str, common: dict[str, Any], *, group: str = 
 
 # ---------------------------------------------------- catastrophic overfitting of a single layer
 TUNED = ("weight", "alpha", "k", "q")  # fields that a sweep may choose
-CIFAR_ROWS = ("fgsm", "n_fgsm", "fgsm + der norm", "fgsm + der ball", "rs_fgsm, published step")
+CIFAR_ROWS = ("fgsm", "n_fgsm", "fgsm + der norm", "fgsm + der ball")
 
 
 def settings(eps: float, wide: bool = False) -> dict[str, list[dict[str, float]]]:

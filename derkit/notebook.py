@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from html import escape
+from functools import partial
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -109,11 +110,6 @@ def check(name: str, passed: Any) -> None:
     print("PASS " if passed else "FAIL ", name)
 
 
-def show(table: pd.DataFrame, digits: int = 3) -> None:
-    """A table as text, with fixed digits."""
-    print(_text(table, digits))
-
-
 def slider(draw: Callable[[Any], None], name: str, values: Sequence[Any], shown: int = 0) -> None:
     """One picture for each value, drawn beforehand, behind a slider; ``draw(value)`` leaves a
     pyplot figure open. Where nobody can move it (papermill and nbval let no cell ask for input),
@@ -146,10 +142,14 @@ def say(text: str) -> None:
     display(HTML(f'<pre style="font-family: monospace">{escape(text)}</pre>'))
 
 
-def show_live(table: pd.DataFrame, digits: int = 3, title: str = "") -> None:
-    """`show` for a table of live results: see `say`."""
-    say(f"{title}\n{_text(table, digits)}".lstrip("\n"))
+def show(table: pd.DataFrame, digits: int = 3, title: str = "", live: bool = False) -> None:
+    """A table with fixed digits, in the style of the page. ``live``: of live results, see `say`."""
+    from IPython.display import display
+
+    options = dict(index=False, float_format=f"{{:.{digits}f}}".format, na_rep="-")
+    html = f"<p><b>{escape(title)}</b></p>" * bool(title) + table.to_html(border=0, **options)
+    plain = {} if live else {"text/plain": table.to_string(**options)}
+    display({"text/html": html} | plain, raw=True)
 
 
-def _text(table: pd.DataFrame, digits: int) -> str:
-    return table.to_string(index=False, float_format=f"{{:.{digits}f}}".format, na_rep="-")
+show_live = partial(show, live=True)

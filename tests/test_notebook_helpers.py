@@ -53,13 +53,18 @@ def test_configure():
         make(eps="__import__('os').system('true')")  # text stays text
 
 
-def test_output(capsys):
+def test_output(capsys, monkeypatch):
     notebook.check("it holds", 1 < 2)
     notebook.check("it does not", False)
-    notebook.show(pd.DataFrame({"a": [0.12345], "b": ["x" * 200], "c": [float("nan")]}))
-    out = capsys.readouterr().out
-    assert out.startswith("PASS  it holds\nFAIL  it does not\n")
-    assert out.endswith("\n0.123 " + "x" * 200 + "  -\n")
+    assert capsys.readouterr().out == "PASS  it holds\nFAIL  it does not\n"
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda bundle, raw: shown.append(bundle))
+    table = pd.DataFrame({"a": [0.12345], "b": ["<" * 200], "c": [float("nan")]})
+    notebook.show(table)
+    notebook.show_live(table, title="a & b")
+    assert shown[0]["text/plain"].endswith("\n0.123 " + "<" * 200 + "  -")
+    assert "<td>0.123</td>" in shown[0]["text/html"] and "&lt;" * 200 in shown[0]["text/html"]
+    assert shown[1].keys() == {"text/html"} and "<b>a &amp; b</b>" in shown[1]["text/html"]
 
 
 @pytest.mark.parametrize("asked", [False, True])

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ class Run:
     """A run, read from its folder, or DerkitError where it holds none, or a file is broken.
 
     name: of the folder. config, env, final: what the JSON files hold. finished: was it evaluated at
-    its end? epochs: a DataFrame, one row per epoch."""
+    its end? epochs: a DataFrame, a row per epoch, read when it is first asked for."""
 
     def __init__(self, folder: str | os.PathLike) -> None:
         self.folder = Path(folder)
@@ -94,7 +95,10 @@ class Run:
         self.env: dict[str, Any] = read_json(self.folder / "env.json")
         self.final: dict[str, Any] = read_json(self.folder / "final.json")
         self.finished = bool(self.final)
-        self.epochs = pd.DataFrame(read_lines(self.folder / "metrics.jsonl"))
+
+    @cached_property
+    def epochs(self) -> pd.DataFrame:
+        return pd.DataFrame(read_lines(self.folder / "metrics.jsonl"))
 
     def steps(self, column: str) -> list[float]:
         """A series over all training steps: 'loss', 'acc' or 'aae' (on adversarial examples)."""
@@ -123,8 +127,8 @@ def load_records(name: str, root: Path | None = None) -> dict[str, list[Run]]:
     root = root or records_folder()
     if not (root / name).is_dir():
         names = sorted(path.name for path in root.glob("*/"))
-        found = f"no records {name!r} in {root}.{nearest(name, names)}"
-        raise DerkitError(f"{found} There are: {', '.join(names) or 'none'}.")
+        raise DerkitError(f"no records {name!r} in {root}.{nearest(name, names)} There are: "
+                          f"{', '.join(names) or 'none'}.")
     runs = [run for run in load_runs(root / name) if run.finished]
     runs.sort(key=lambda run: (run.config.get("order", 0), run.config["train"]["seed"]))
     groups: dict[str, list[Run]] = {}

@@ -18,11 +18,11 @@ from derkit.diagnosis.overfitting import alarm_summary, co_onset, robust_overfit
 from derkit.records import Run, load_costs, load_records, load_tested, records_folder, title
 from derkit.util import read_json
 from experiments.claims import counts, scorecard
-from experiments.suites import SUITES, TUNED, settings
+from experiments.suites import RO_SETTINGS, SUITES, TUNED, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
-SIGNS = dict(weight="lambda", alpha="alpha", k="k", q="q")
+SIGNS = dict(weight="lambda")
 
 
 def cell(values: Sequence[float], spread: bool = False) -> str:
@@ -37,12 +37,12 @@ def cell(values: Sequence[float], spread: bool = False) -> str:
 def chosen(label: str, run: Run) -> str:
     """The settings that were tuned, in words: 'lambda 2'."""
     train = run.config["train"]
-    options = settings(train["eps"]).get(label, [{}])
+    options = (settings(train["eps"]) | RO_SETTINGS).get(label, [{}])
     words = []
     for name in (name for name in TUNED if name in options[0]):
         scaled = train["eps"] if name == "alpha" else 1
         unit = " eps" if name == "alpha" else ""
-        words.append(f"{SIGNS[name]} {train[name] / scaled:.4g}{unit}")
+        words.append(f"{SIGNS.get(name, name)} {train[name] / scaled:.4g}{unit}")
     return ", ".join(words) or "-"
 
 

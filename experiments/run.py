@@ -147,7 +147,7 @@ def calibrate(runs: Sequence[Experiment]) -> None:
     for run in reversed(kinds.values()):
         with tempfile.TemporaryDirectory() as folder:
             trained = train(run.config.change(**short), folder=f"{folder}/run", verbose=False)
-        seconds = trained.epochs["seconds"].sum()
+            seconds = trained.epochs["seconds"].sum()
         print(f"{seconds:8.1f} s an epoch, {run.config.epochs} epochs: {run.label}", flush=True)
 
 

@@ -139,7 +139,7 @@ def experiment(label: str, preset: str, common: dict[str, Any], *, group: str = 
 
 
 # ---------------------------------------------------- catastrophic overfitting of a single layer
-TUNED = ("weight", "alpha", "k", "q")  # fields that a sweep may choose
+TUNED = ("weight", "alpha", "k", "q", "start", "ema", "awp", "beta")  # what a sweep may choose
 CIFAR_ROWS = ("fgsm", "n_fgsm", "fgsm + der norm", "fgsm + der ball", "rs_fgsm, published step",
               "rs_fgsm + der norm")
 
@@ -172,52 +172,71 @@ def settings(eps: float, wide: bool = False) -> dict[str, list[dict[str, float]]
             **{row: [dict(weight=value) for value in values] for row, values in weights.items()}}
 
 
-def one_layer(preset: str, seeds: tuple[int, ...], rows: tuple[str, ...] = (), wide: bool = False,
-              **common: Any) -> list[Experiment]:
+def tuned(preset: str, options: dict[str, list[dict[str, float]]], common: dict[str, Any],
+          tuning: dict[str, Any], judged: dict[str, Any],
+          fixed: dict[str, dict[str, Any]] | None = None) -> list[Experiment]:
     """For every row its settings, judged on validation images after the last epochs (group tune: a
     single test image), then the chosen one on fresh seeds (group test), whose test images are
-    looked at once. ``wide``: three settings on one seed instead of four on two."""
-    base = TrainConfig.make(preset, **common)
-    late = dict(eval_from=0.9) if wide else {}
-    tune = partial(experiment, preset=preset, group="tune", seeds=(100,) if wide else (100, 101),
-                   common=common | late | dict(final_size=1, strong_size=0))
-    test = partial(experiment, preset=preset, group="test", seeds=seeds, common=common | dict(
-        pgd50_size=1000, autoattack_size=200, judge_best=False))
-    options = settings(base.eps, wide)
-    options = {row: options[row] for row in rows or options}
+    looked at once. ``tuning``, ``judged``, ``fixed``: fields of the first, of the others, of rows.
+    """
     swept = {row: values for row, values in options.items() if len(values) > 1}
+    tuning = common | dict(final_size=1, strong_size=0) | tuning
+    tune = partial(experiment, preset=preset, group="tune", seeds=tuning.pop("seeds"))
+    test = partial(experiment, preset=preset, group="test", common=common | judged)
+    fixed = fixed or {}
 
     def name(row: str, values: dict[str, float]) -> str:
         return f"{row}: " + ", ".join(f"{key} {value:g}" for key, value in values.items())
 
-    return [*(tune(name(row, values), **values) for row in swept for values in swept[row]),
-            *(test(row, sweep=f"{row}: *" if row in swept else "") for row in options)]
+    return [*(tune(name(row, values), common=tuning, **values | fixed.get(row, {}))
+              for row in swept for values in swept[row]),
+            *(test(row, sweep=f"{row}: *" if row in swept else "", **fixed.get(row, {}))
+              for row in options)]
+
+
+def one_layer(preset: str, rows: tuple[str, ...] = (), wide: bool = False,
+              **common: Any) -> list[Experiment]:
+    """`tuned` rows of `settings`. ``wide``: three settings on one seed instead of four on two."""
+    options = settings(TrainConfig.make(preset, **common).eps, wide)
+    options = {row: options[row] for row in rows or options}
+    tuning = dict(seeds=(100,), eval_from=0.9) if wide else dict(seeds=(100, 101))
+    judged = dict(pgd50_size=1000, autoattack_size=200, judge_best=False)
+    return tuned(preset, options, common, tuning, judged)
 
 
 def co_fashion_mini() -> list[Experiment]:
     """Catastrophic overfitting on the bundled data: one layer of 4 filters, 3,000 images, eps
     40/255, 30 epochs. Every row at the best of four settings on validation images, three seeds."""
-    return one_layer("fashion_co", (0, 1, 2))
+    return one_layer("fashion_co")
 
 
 def co_cifar10() -> list[Experiment]:
     """Catastrophic overfitting on 10,000 images of CIFAR-10: one layer of 16 filters, eps
     10/255, 30 epochs. Tuned rows at the best of three settings on validation images, three
     seeds. (At 8/255 FGSM stayed healthy for 30 epochs.)"""
-    return one_layer("cifar10_co", (0, 1, 2), CIFAR_ROWS, wide=True)
+    return one_layer("cifar10_co", CIFAR_ROWS, wide=True)
 
 
 def co_cifar100() -> list[Experiment]:
     """Catastrophic overfitting on 10,000 images of CIFAR-100, as on CIFAR-10."""
-    return one_layer("cifar10_co", (0, 1, 2), CIFAR_ROWS[:4], wide=True, dataset="cifar100")
+    return one_layer("cifar10_co", CIFAR_ROWS[:4], wide=True, dataset="cifar100")
 
 
 # ----------------------------------------------------------------------------- robust overfitting
+RO_SETTINGS = {"pgd": [{}], "pgd + der norm": [
+    dict(weight=6, start=0.8), dict(weight=6, start=0.3), dict(weight=1, start=0.3)],
+    "pgd + der segment": [dict(weight=weight) for weight in (4, 8, 16)],
+    "pgd, EMA": [dict(ema=decay) for decay in (0.9, 0.97, 0.99)],
+    "pgd, AWP": [dict(awp=size) for size in (0.003, 0.01, 0.03)],
+    "trades": [dict(beta=beta) for beta in (3, 6, 12)]}
+
+
 def ro_fashion_mini() -> list[Experiment]:
-    """Robust overfitting on the bundled data: PGD-4 training on 250 images, with and without
-    DER."""
-    return [experiment(label, "fashion_ro", dict(precision="fp32", variant="segment"))
-            for label in ("pgd", "pgd + der")]
+    """Robust overfitting on the bundled data: PGD-4 training on 250 images, 45 epochs. Tuned rows
+    at the best of three settings on validation images, three seeds."""
+    common = dict(precision="fp32", eval_size=400, final_size=1000, strong_size=1000)
+    reported = {"pgd + der norm": dict(gamma=0.2, mask="all", warmup=0)}
+    return tuned("fashion_ro", RO_SETTINGS, common, dict(seeds=(100,), eval_from=0.9), {}, reported)
 
 
 # --------------------------------------------------------------------------------------- CIFAR-10

@@ -110,7 +110,7 @@ def test_records_are_text_only(tiny, config, canary):
         for payload in (pickle.dumps(Bait(canary)), code.encode(), b"[" * 10_000, b"[1]"):
             (run.folder / name).write_bytes(payload)
             with pytest.raises(DerkitError, match=f"{name}.* is not a JSON record"):
-                load_runs(run.folder.parent)
+                [run.epochs for run in load_runs(run.folder.parent)]
         (run.folder / name).write_bytes(good)
     path = run.folder / "config.json"
     good = json.loads(path.read_text())

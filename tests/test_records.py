@@ -47,7 +47,7 @@ def test_a_broken_line_is_named(tmp_path, line):
     with open(path, "ab") as file:
         file.write(line)
     with pytest.raises(DerkitError, match="metrics.jsonl, line 4 is not a JSON record"):
-        Run(tmp_path / "r")
+        Run(tmp_path / "r").epochs.head()
 
 
 # ----------------------------------------------------------------------------------------- runs

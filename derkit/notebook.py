@@ -147,9 +147,9 @@ def show(table: pd.DataFrame, digits: int = 3, title: str = "", live: bool = Fal
     from IPython.display import display
 
     options = dict(index=False, float_format=f"{{:.{digits}f}}".format, na_rep="-")
-    html = f"<p><b>{escape(title)}</b></p>" * bool(title) + table.to_html(border=0, **options)
-    plain = {} if live else {"text/plain": table.to_string(**options)}
-    display({"text/html": html} | plain, raw=True)
+    head = f"<p><b>{escape(title)}</b></p>" * bool(title)
+    bundle = {"text/html": head + table.to_html(border=0, **options)}
+    display(bundle if live else bundle | {"text/plain": table.to_string(**options)}, raw=True)
 
 
 show_live = partial(show, live=True)

@@ -91,9 +91,8 @@ class Run:
         self.name = self.folder.name
         if not (self.folder / "config.json").is_file():
             raise DerkitError(f"{self.folder} is not a run folder (no config.json).")
-        self.config: dict[str, Any] = read_json(self.folder / "config.json")
-        self.env: dict[str, Any] = read_json(self.folder / "env.json")
-        self.final: dict[str, Any] = read_json(self.folder / "final.json")
+        files = (self.folder / f"{name}.json" for name in ("config", "env", "final"))
+        self.config, self.env, self.final = map(read_json, files)
         self.finished = bool(self.final)
 
     @cached_property

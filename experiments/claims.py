@@ -207,7 +207,8 @@ CLAIMS: dict[str, list[Claim]] = dict(
                "epoch to the last", "pgd", "strong gap", 0.01, 1),
         within(GAP, "pgd + der *[a-z]", "strong gap", -1, 0.01),
         better(FREE, "pgd + der *[a-z]", "strong", "pgd", epoch="best"),
-        better("the last epoch with DER is stronger than without", "pgd + der *[a-z]", "strong", "pgd"),
+        better("the last epoch with DER is stronger than without", "pgd + der *[a-z]", "strong",
+               "pgd"),
         better("... and than with EMA, AWP and TRADES", "pgd + der *[a-z]", "strong", "pgd, EMA",
                "pgd, AWP", "trades")],
 )

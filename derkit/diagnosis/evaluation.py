@@ -180,9 +180,8 @@ def energy_summary(logits: Tensor, logits_adv: Tensor, labels: Tensor,
 
 
 def gradient_cosine(model: nn.Module, a: Tensor, b: Tensor, y: Tensor) -> Tensor:
-    """cos(grad l(a), grad l(b)) for two images of each sample, (B,): of x and x + r, r uniform in
-    the ball, near 0 at CO (arXiv 2007.02617); of an attack's start and x*, PertAlign (2606.00738).
-    """
+    """cos(grad l(a), grad l(b)), (B,). Of x and x + r, r uniform in the ball: near 0 at CO
+    (arXiv 2007.02617); of an attack's start and x*: PertAlign (arXiv 2606.00738)."""
     with attacks.attack_mode(model, "eval"):
         a, b = (attacks.input_gradient(model, z, lambda f: energy.cross_entropy(f, y))[0]
                 for z in (a, b))

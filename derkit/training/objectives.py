@@ -31,9 +31,8 @@ def aaer(start: Tensor, adv: Tensor, y: Tensor) -> Tensor:
     """AAER (arXiv 2404.08154), a number: n/m (2.5 CE_A + 1.5 max(0, V_A - V_N)).
 
     Over the n abnormal of m examples, from the logits at the attack's start (constants) to those
-    at x*: CE_A is the mean fall of their loss, V_A the mean squared change of their logits, and V_N
-    (a constant, too) that of the normal ones. 2.5, 1.5: the authors' for RS-FGSM. 0 if n is 0 or m.
-    """
+    at x*: CE_A is the mean fall of their loss, V_A the mean squared change of their logits, V_N (a
+    constant, too) that of the normal ones. 2.5, 1.5: the authors' for RS-FGSM. 0 if n is 0, m."""
     start, adv = upcast(start).detach(), upcast(adv)
     chosen = abnormal_mask(start, adv, y).to(adv.dtype)
     n, m = chosen.sum(), len(chosen)

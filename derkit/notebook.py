@@ -4,8 +4,8 @@ import ast
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from html import escape
 from functools import partial
+from html import escape
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path

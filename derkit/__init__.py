@@ -33,5 +33,4 @@ __all__ = [
     "load_model", "load_pretrained", "load_runs", "load_samples", "marginal_energy",
     "metrics_table", "n_fgsm", "parse_eps", "pgd", "prepare", "pretrained", "robust_accuracy",
     "robust_overfitting", "rs_fgsm", "save_checkpoint", "strong_accuracy", "trades_decomposition",
-    "train",
-]
+    "train"]

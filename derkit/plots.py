@@ -19,8 +19,7 @@ from derkit.generation import generate, metrics, sampler
 from derkit.records import Run
 from derkit.util import pick
 
-Save = str | Path | None
-Names = Sequence[str]
+Save, Names = str | Path | None, Sequence[str]
 COLORS = sns.color_palette("colorblind", 60)  # repeats itself, as the others do
 STYLES = ["-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1))] * 10
 MARKERS = ["o", "s", "^", "D", "v", "X"] * 10
@@ -73,17 +72,20 @@ def _line(axis: plt.Axes, i: int, label: str, x: Any, y: Any, *band: Any) -> Non
         axis.fill_between(x, *band, color=COLORS[i], alpha=0.15)
 
 
-def overfitting_curves(runs: Mapping[str, Run], kind: str = "co", save: Save = None) -> None:
-    """Accuracy and dE over epochs, a column per run; kind 'co' marks the onset, 'ro' the best."""
+def overfitting_curves(runs: Mapping[str, Any], kind: str = "co", save: Save = None) -> None:
+    """Accuracy and dE over epochs, a column per `Run` or per list of runs (their mean and range).
+    Kind 'co' marks the onset of the first, 'ro' the best epoch."""
     parts, size = pick("kind", kind, CURVES), (4.6 * len(runs), 5.2)
     axes = plt.subplots(2, len(runs), sharex="col", sharey="row", squeeze=False, figsize=size)[1]
-    for (top, bottom), (title, run) in zip(axes.T, runs.items(), strict=True):
+    for (top, bottom), (title, group) in zip(axes.T, runs.items(), strict=True):
+        group = [group] if isinstance(group, Run) else group
         for axis, columns in zip((top, bottom), parts, strict=True):
             for i, column in enumerate(columns):
-                _line(axis, i, LABELS[column], run.epochs["epoch"], run.epochs[column])
-        mark, word = run.epochs["valid_pgd"].argmax() + 1, "best on valid"
+                v, at = np.stack([run.epochs[column] for run in group]), group[0].epochs["epoch"]
+                _line(axis, i, LABELS[column], at, v.mean(0), v.min(0), v.max(0))
+        mark, word = sum(run.epochs["valid_pgd"] for run in group).argmax() + 1, "best on valid"
         if kind == "co":
-            mark, word = getattr(overfitting.co_onset(run), "epoch", None), "CO onset"
+            mark, word = getattr(overfitting.co_onset(group[0]), "epoch", None), "CO onset"
         if mark:
             top.axvline(mark, **ONSET)
             bottom.axvline(mark, **ONSET)

@@ -63,12 +63,11 @@ def attack_energies(model: nn.Module, split: Split, eps: float, attack: str = "P
 def energy_table(results: Sequence[AttackEnergies]) -> pd.DataFrame:
     """A row an attack: shares fooled and moved to the target (NaN without a known one), mean dE(x),
     dE(x, y), shares of images whose energy fell."""
-    return pd.DataFrame([
-        {"attack": r.attack, "eps": r.eps, "fooled": r.fooled.mean(),
-         "reached": np.nan if r.reached is None else r.reached.mean(), "dE(x)": r.dE.mean(),
-         "dE(x,y)": r.dEy.mean(), "E(x) lowered": (r.dE > 0).mean(),
-         "E(x,y) lowered": (r.dEy > 0).mean()}
-        for r in results])
+    return pd.DataFrame([{
+        "attack": r.attack, "eps": r.eps, "fooled": r.fooled.mean(),
+        "reached": np.nan if r.reached is None else r.reached.mean(), "dE(x)": r.dE.mean(),
+        "dE(x,y)": r.dEy.mean(), "E(x) lowered": (r.dE > 0).mean(),
+        "E(x,y) lowered": (r.dEy > 0).mean()} for r in results])
 
 
 def detection_roc(natural: np.ndarray, adversarial: np.ndarray,

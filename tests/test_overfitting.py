@@ -82,6 +82,7 @@ def test_stop_rule(tmp_path):
     assert not should_stop(rows.iloc[:10].to_dict("records"))
     assert should_stop(rows.iloc[:11].to_dict("records"))
     assert first_alarm(rows.iloc[:10], "AAE share") is None
+    assert not should_stop([dict(train_aae=None)] * 9), "no epoch has been evaluated yet"
 
 
 def test_robust_overfitting_gap_and_onset(tmp_path):

@@ -51,7 +51,7 @@ def should_stop(rows: list[dict]) -> bool:
     """The CO alarm of `TrainConfig.stop_on_co`: the AAE share, or dE(x) without single steps."""
     epochs = pd.DataFrame(rows)
     name = "AAE share" if epochs["train_aae"].notna().any() else "dE(x)"
-    return first_alarm(epochs, name) is not None
+    return SIGNALS[name].column in epochs and first_alarm(epochs, name) is not None  # eval_from
 
 
 class Onset(NamedTuple):

@@ -20,8 +20,6 @@ import pandas as pd
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from derkit.util import DataError, DerkitError, cached, home, progress, unknown
 
@@ -132,6 +130,7 @@ def _class_names(folder: Path, known: list[str]) -> tuple[list[str], bool]:
 
 def _read_folder(folder: Path, spec: Spec) -> Arrays:
     """folder/<class>/*, decoded once: the cache is keyed by the files' names, sizes and times."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset  # slow to import
     try:
         found = make_dataset(folder, {c: i for i, c in enumerate(spec.classes)}, IMG_EXTENSIONS)
     except FileNotFoundError as error:
@@ -173,6 +172,7 @@ def read_idx_folder(folder: Path) -> dict[str, Arrays] | None:
 
 
 def _torchvision(name: str, root: Path, split: str, download: bool) -> Arrays:
+    from torchvision import datasets  # as above
     if name == "svhn":
         data = datasets.SVHN(root, split=split, download=download)
         return data.data, data.labels

@@ -10,13 +10,13 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-import torchvision
 from torch import nn
 
 from derkit.checkpoint import load_model
@@ -74,7 +74,7 @@ def environment(device: torch.device, precision: str, why: str) -> dict[str, Any
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return dict(
         python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-        torchvision=torchvision.__version__, system=f"{platform.system()} {platform.machine()}",
+        torchvision=version("torchvision"), system=f"{platform.system()} {platform.machine()}",
         device=device.type, gpu=gpu, cpu=torch.backends.cpu.get_cpu_capability(),
         cpu_bf16=torch.cpu._is_avx512_bf16_supported(), threads=torch.get_num_threads(),
         precision=precision, precision_reason=why)

@@ -236,7 +236,7 @@ def test_torchvision_formats(tmp_path, monkeypatch, name, kind, shape, pixel):
             self.data = torch.zeros(shape, dtype=torch.uint8)
             self.data[:, *pixel] = self.labels.byte()
 
-    monkeypatch.setattr(room.datasets, kind, Fake)
+    monkeypatch.setattr(f"torchvision.datasets.{kind}", Fake)
     data = load_dataset(name, tmp_path, **SMALL)
     assert data.source == "torchvision" and data.train.images.is_contiguous()
     assert data.train.images.shape == (10, data.channels, data.size, data.size)

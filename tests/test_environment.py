@@ -20,7 +20,7 @@ BY_HAND = {"browser"}  # extras that are not part of all
 THROUGH_OTHERS = dict(PIL="torchvision", IPython="ipykernel", nbformat="nbclient", yaml="pyyaml",
                       sklearn="scikit_learn")  # fmt: skip
 LOCAL = {"derkit", "experiments", "benchmarks", "scripts", "tests"}
-OPTIONAL = {"torch_fidelity", "pyautoattack", "ipykernel", "ipywidgets", "tqdm"}
+OPTIONAL = {"torch_fidelity", "pyautoattack", "ipykernel", "ipywidgets", "tqdm", "torchvision"}
 
 ORDER = """util energy models attacks config checkpoint data records
     training.der diagnosis.evaluation training.objectives training.monitor diagnosis.overfitting
@@ -128,7 +128,7 @@ def test_every_public_name_is_there_without_plots_or_notebooks():
     assert len(set(derkit.__all__)) == len(derkit.__all__)
     for name in ROOMS:
         importlib.import_module(f"derkit.{name}")
-    heavy = {"matplotlib.pyplot", "IPython", "tyro", "torch_fidelity"}
+    heavy = {"matplotlib.pyplot", "IPython", "tyro", "torch_fidelity", "torchvision"}
     code = f"import sys, derkit; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout == "[]\n", done.stderr

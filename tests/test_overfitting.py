@@ -5,7 +5,7 @@ import pytest
 
 from derkit.diagnosis import overfitting
 from derkit.diagnosis.overfitting import first_alarm, should_stop, summary
-from derkit.records import Run, load_records, load_tested, write_lines
+from derkit.records import Run, load_tested, write_lines
 from derkit.util import write_json
 
 
@@ -108,8 +108,6 @@ def test_committed_collapse():
 
 
 def test_committed_robust_overfitting():
-    groups = load_records("ro_fashion_mini")
-    plain = [overfitting.robust_overfitting(run) for run in groups["pgd"]]
-    assert all(r.onset and r.train_gain > 0 for r in plain)
-    best, last = summary(groups, "best"), summary(groups, "last")
-    assert best.loc["pgd", "pgd"] > last.loc["pgd", "pgd"]
+    runs = load_tested("ro_fashion_mini")["pgd"]
+    assert all(overfitting.robust_overfitting(run).train_gain > 0 for run in runs)
+    assert all(run.final["best"]["strong"] > run.final["last"]["strong"] for run in runs)

@@ -14,20 +14,21 @@ from derkit.records import METRICS, Run
 
 
 class Signal(NamedTuple):
-    """A recorded column, how it moves at CO (+1 up, -1 down, 0 either), least move, cost."""
+    """A recorded column, how it moves at CO (+1 up, -1 down, 0 either), least move, and whether
+    that is in units of its past median: E_lin grows with the network's logits."""
 
     column: str
     direction: int
     margin: float
-    cost: str
+    relative: bool = False
 
 
 SIGNALS: dict[str, Signal] = {
-    "AAE share": Signal("train_aae", +1, 0.035, "free in training"),
-    "dE(x)": Signal("probe_dE", 0, 0.5, "one attack on the probe"),  # E(x*) may run up or down
-    "E_lin": Signal("E_lin", +1, 0.03, "three forwards on the probe"),
-    "gradient cosine": Signal("cos", -1, 0.3, "two gradients on the probe"),
-    "PertAlign": Signal("align", -1, 0.3, "one gradient more on the probe"),
+    "AAE share": Signal("train_aae", +1, 0.035),  # free in training; the others look at the probe
+    "dE(x)": Signal("probe_dE", 0, 0.5),  # one attack; E(x*) may run up or down
+    "E_lin": Signal("E_lin", +1, 2.0, relative=True),  # three forwards
+    "gradient cosine": Signal("cos", -1, 0.3),  # two gradients
+    "PertAlign": Signal("align", -1, 0.3),  # one gradient more than the attack
 }
 
 
@@ -40,9 +41,9 @@ def first_alarm(epochs: pd.DataFrame, name: str, factor: float = 3.0, skip: int 
         if len(past) < skip:
             continue
         noise = 1.4826 * np.median(np.abs(np.diff(past))) / np.sqrt(2)  # whatever the drift
-        move = values[i] - np.median(past)
-        move = signal.direction * move if signal.direction else abs(move)
-        if move > max(signal.margin, factor * noise):
+        middle = np.median(past)
+        move = signal.direction * (values[i] - middle) or abs(values[i] - middle)
+        if move > max(signal.margin * (middle if signal.relative else 1), factor * noise):
             return i + 1
     return None
 
@@ -86,8 +87,7 @@ def co_onset(run: Run, share: float = 0.5) -> Onset | None:
 def co_alarms(run: Run) -> pd.DataFrame:
     """One row per signal of SIGNALS: epoch of its alarm, of the onset, lead in epochs, verdict:
     'ahead', 'with', 'late' or 'missed' on a collapsed run, else 'quiet' or 'false alarm'."""
-    found, rows = co_onset(run), []
-    onset = found.epoch if found else None
+    onset, rows = getattr(co_onset(run), "epoch", None), []
     for name in SIGNALS:
         alarm = first_alarm(run.epochs, name)
         lead = onset - alarm if onset and alarm else None

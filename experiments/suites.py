@@ -224,16 +224,16 @@ def co_cifar100() -> list[Experiment]:
 
 # ----------------------------------------------------------------------------- robust overfitting
 RO_SETTINGS = {"pgd": [{}], "pgd + der norm": [
-    dict(weight=6, start=0.8), dict(weight=6, start=0.3), dict(weight=1, start=0.3)],
-    "pgd + der segment": [dict(weight=weight) for weight in (4, 8, 16)],
-    "pgd, EMA": [dict(ema=decay) for decay in (0.9, 0.97, 0.99)],
-    "pgd, AWP": [dict(awp=size) for size in (0.003, 0.01, 0.03)],
-    "trades": [dict(beta=beta) for beta in (3, 6, 12)]}
+    dict(weight=6, start=0.8), *(dict(weight=weight, start=0.3) for weight in (1, 6, 18))],
+    "pgd + der segment": [dict(weight=weight) for weight in (4, 8, 16, 32)],
+    "pgd, EMA": [dict(ema=decay) for decay in (0.9, 0.97, 0.99, 0.997)],
+    "pgd, AWP": [dict(awp=size) for size in (0.003, 0.01, 0.03, 0.1)],
+    "trades": [dict(beta=beta) for beta in (3, 6, 12, 24)]}
 
 
 def ro_fashion_mini() -> list[Experiment]:
     """Robust overfitting on the bundled data: PGD-4 training on 250 images, 45 epochs. Tuned rows
-    at the best of three settings on validation images, three seeds."""
+    at the best of four settings on validation images, three seeds."""
     common = dict(precision="fp32", eval_size=400, final_size=1000, strong_size=1000)
     reported = {"pgd + der norm": dict(gamma=0.2, mask="all", warmup=0)}
     return tuned("fashion_ro", RO_SETTINGS, common, dict(seeds=(100,), eval_from=0.9), {}, reported)

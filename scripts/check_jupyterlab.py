@@ -107,3 +107,19 @@ def test_run_all_in_jupyterlab(path, server, page):
     texts = now["text"], "".join(o.get("text", "") for o in outputs)
     seen, stored = ([s for s in t.splitlines() if s[:6] in ("PASS  ", "FAIL  ")] for t in texts)
     assert seen == stored != [] and not [s for s in seen if s.startswith("FAIL")]
+    if "notebook.slider(" in path.read_text():
+        move_slider(page, path.stem)
+
+
+def move_slider(page, name):
+    """The picture behind the slider follows it."""
+    handle, image = page.locator(".noUi-handle").first, page.locator("img.widget-image").first
+    handle.scroll_into_view_if_needed()
+    before = image.get_attribute("src")
+    for _ in range(2):
+        handle.press("ArrowRight")
+    page.wait_for_function("([e, old]) => e.src !== old", arg=[image.element_handle(), before])
+    image.scroll_into_view_if_needed()
+    page.wait_for_timeout(500)
+    if os.environ.get("DERKIT_SCREENSHOTS"):
+        page.screenshot(path=Path(os.environ["DERKIT_SCREENSHOTS"], f"{name}-slider.png"))

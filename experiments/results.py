@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from derkit.diagnosis.overfitting import alarm_summary, co_onset, robust_overfitting
+from derkit.diagnosis.overfitting import alarm_summary, co_onset
 from derkit.records import Run, load_costs, load_records, load_tested, records_folder, title
 from derkit.util import read_json
 from experiments.claims import counts, scorecard
@@ -118,17 +118,18 @@ def collapses(*suites: str) -> pd.DataFrame:
 
 
 def robust(suite: str) -> pd.DataFrame:
-    """Best against last epoch of long PGD training."""
+    """Best against last epoch of long PGD training, the strongest last epoch first."""
     found = {}
     for label, runs in load_tested(suite).items():
-        ends = {name: pd.DataFrame([run.final[name] for run in runs]) for name in ("best", "last")}
-        gaps = [robust_overfitting(run).gap for run in runs]
+        best, last = (pd.DataFrame([run.final[name] for run in runs]) for name in ("best", "last"))
         found[title(label)] = {
-            "runs": len(runs), "clean, last": cell(ends["last"]["clean"]),
-            **{f"PGD-20, {name}": cell(part["pgd"], True) for name, part in ends.items()},
-            **{f"strong, {name}": cell(part["strong"]) for name, part in ends.items()},
-            "validation gap": cell(gaps)}
-    return pd.DataFrame.from_dict(found, orient="index").rename_axis("method")
+            "settings": chosen(label, runs[0]), "clean": cell(last["clean"]),
+            "PGD-20, best": cell(best["pgd"]), "PGD-20, last": cell(last["pgd"]),
+            "strong, best": cell(best["strong"]), "strong, last": cell(last["strong"], True),
+            "strong, fall": cell(best["strong"] - last["strong"], True),
+            "order": last["strong"].mean()}
+    table = pd.DataFrame.from_dict(found, orient="index").sort_values("order", ascending=False)
+    return table.drop(columns="order").rename_axis("method")
 
 
 def energies(folder: str) -> pd.DataFrame:

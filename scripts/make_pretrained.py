@@ -20,6 +20,9 @@ MODELS = {
     "fashion-robust": FASHION | dict(method="pgd"),
     "fashion-collapsed": FASHION,
     "fashion-der": FASHION | dict(regularizer="der", variant="ball", weight=8),
+    # one recipe, two seeds
+    "cifar10-robust": dict(preset="cifar10_co", method="rs_fgsm", seed=0),
+    "cifar10-collapsed": dict(preset="cifar10_co", method="rs_fgsm", seed=1),
 }
 
 

@@ -131,5 +131,6 @@ def test_reference_models(tmp_path):
             assert clean == pytest.approx(row["clean"], abs=0.005), name
             assert pgd == pytest.approx(row["pgd"], abs=0.02), "a start may round differently"
     assert table.loc["fashion-collapsed", "strong"] < 0.1 < table.loc["fashion-der", "strong"]
+    assert table.loc["cifar10-collapsed", "strong"] < 0.1 < table.loc["cifar10-robust", "strong"]
     with pytest.raises(DerkitError, match="Did you mean 'fashion-robust'"):
         derkit.load_pretrained("fashion-robus")

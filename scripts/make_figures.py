@@ -23,10 +23,10 @@ from derkit.diagnosis.overfitting import co_alarms, summary  # noqa: E402
 from derkit.records import load_tested, records_folder, title  # noqa: E402
 
 ROWS = ("fgsm", "fgsm + der norm", "fgsm + der ball")
-CURVES = {  # file: suite, kind of overfitting, runs (the first seed of each)
+CURVES = {  # file: suite, kind of overfitting, runs (co: the first seed of each, ro: all seeds)
     "collapse_fashion_mini": ("co_fashion_mini", "co", ROWS),
     "collapse_cifar10": ("co_cifar10", "co", ROWS),
-    "ro_fashion_mini": ("ro_fashion_mini", "ro", ("pgd", "pgd + der")),
+    "ro_fashion_mini": ("ro_fashion_mini", "ro", ("pgd", "pgd + der norm", "trades")),
 }
 COLLAPSES = {"co_fashion_mini": "bundled images, eps 40/255", "co_cifar10": "CIFAR-10, eps 10/255",
              "co_cifar100": "CIFAR-100, eps 10/255"}
@@ -47,7 +47,8 @@ def training(folder: Path) -> None:
         if missing:
             print(f"skipped {file}.png: no records of {suite}: {', '.join(missing)}")
             continue
-        runs = {title(label): groups[label][0] for label in labels}
+        runs = {title(label): groups[label] if kind == "ro" else groups[label][0]
+                for label in labels}
         plots.overfitting_curves(runs, kind, save=folder / f"{file}.png")
     groups = {name: tested(suite) for suite, name in COLLAPSES.items() if tested(suite)}
     tables = {name: summary(runs) for name, runs in groups.items()}

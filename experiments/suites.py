@@ -239,6 +239,17 @@ def ro_fashion_mini() -> list[Experiment]:
     return tuned("fashion_ro", RO_SETTINGS, common, dict(seeds=(100,), eval_from=0.9), {}, reported)
 
 
+# ------------------------------------------------------------- classifiers that generate CIFAR-10
+def gen_cifar10() -> list[Experiment]:
+    """Classifiers to generate with: PreActResNet-18 of width 16 on all images of CIFAR-10, 10
+    epochs. Robust in the L_2 ball of radius 0.5 and in the L_inf ball of 8/255, and standard."""
+    common = dict(width=16, epochs=10, eval_size=500, eval_from=0.85, final_size=1000,
+                  strong_size=500, pgd50_size=0, autoattack_size=0, judge_best=False)
+    one = partial(experiment, preset="cifar10", common=common, seeds=(0, 1))
+    return [one("pgd-1, L2", norm="l2", eps=0.5, alpha=0.5), one("n_fgsm"),
+            one("standard", method="standard")]
+
+
 # --------------------------------------------------------------------------------------- CIFAR-10
 def cifar10() -> list[Experiment]:
     """CIFAR-10, PreActResNet-18. A: catastrophic overfitting of FGSM, RS-FGSM and N-FGSM. B1: the
@@ -272,4 +283,5 @@ def cifar10() -> list[Experiment]:
 
 
 SUITES = {make.__name__: Suite(" ".join(make.__doc__.split()), tuple(make()))
-          for make in (cifar10, co_cifar10, co_cifar100, co_fashion_mini, ro_fashion_mini)}
+          for make in (cifar10, co_cifar10, co_cifar100, co_fashion_mini, gen_cifar10,
+                      ro_fashion_mini)}

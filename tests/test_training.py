@@ -4,7 +4,6 @@ import shutil
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -307,18 +306,6 @@ def test_schedules():
         assert all(-1e-12 <= factor(p, peak) <= 1 for p in points for peak in (0.0, 1.0)), name
 
 
-def test_onecycle_is_that_of_torch():
-    """torch counts the last step of each phase; its step i is mapped onto our progress."""
-    n, peak, optimizer = 80, 0.4, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 1.0, total_steps=n, pct_start=peak, cycle_momentum=False)
-    for i in range(n - 1):
-        p = np.interp(i, [0, peak * n - 1, n - 1], [0, peak, 1])
-        assert SCHEDULES["onecycle"](p, peak) == pytest.approx(schedule.get_last_lr()[0], abs=1e-9)
-        optimizer.step()
-        schedule.step()
-
-
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_clipping(precision, tiny, config):
     """The step is lr times the clipped norm; in fp16 gradients are unscaled before."""
@@ -344,11 +331,6 @@ def test_half_precision_and_augmentation(options, finished, tiny, config):
     kept = weights(train(config(**options), tiny))
     dtypes = {v.dtype for v in kept.values() if v.is_floating_point()}
     assert dtypes == {torch.float32} and not same(kept, weights(finished))
-
-
-def test_start_of_the_regulariser(tiny, config):
-    run = train(config(regularizer="elle", start=0.5, warmup=0), tiny)
-    assert run.epochs["train_penalty"].iloc[0] == 0 < run.epochs["train_penalty"].iloc[1]
 
 
 @pytest.mark.parametrize("field", ["channels_last", "compile"])
@@ -392,12 +374,6 @@ def test_further_evaluation_of_a_finished_run(done, tiny, config, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------- errors
-def test_numbers_that_break(tiny, config):
-    where = r"the loss is not finite at epoch [12], step [12] of 2\. No checkpoint was written"
-    with pytest.raises(FloatingPointError, match=where):
-        train(config(lr=1e30, schedule="constant", momentum=0, method="standard"), tiny)
-
-
 def test_bad_input_before_any_work(config, home):
     for bad, message in (dict(model="wide_resnet", depth=11), "6n"), (dict(model="custom"), "'cu"):
         with pytest.raises(DerkitError, match=message):

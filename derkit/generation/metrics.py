@@ -3,6 +3,7 @@
 torch-fidelity computes IS, FID and KID with Inception. Offline, the same formulas on a separate
 small classifier are called CIS, CFD and CKD: they are not comparable with any published FID."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,13 +12,17 @@ import torch
 from torch import Tensor
 
 from derkit.data import Dataset, Split, to_float
-from derkit.generation.extractor import Extractor, torch_fidelity
+from derkit.generation.extractor import Extractor, package
 from derkit.generation.generate import Samples, saturated
 from derkit.records import records_folder
 from derkit.util import DerkitError, pick, progress, read_json
 
+FORMULAS = ("isc", "fid", "kid", "prc")
 FLOOR, CEILING, X0 = "floor: real images", "ceiling: noise", ": x0 only"
 PUBLISHED = Path(__file__).resolve().parents[1] / "assets" / "published_generation.csv"
+
+
+Features = Sequence[Tensor]  # what an extractor says of images: (n, F) features, (n, K) logits
 
 
 def protocol(n: int, n_reference: int) -> dict[str, int]:
@@ -27,30 +32,30 @@ def protocol(n: int, n_reference: int) -> dict[str, int]:
                 kid_subset_size=size, prc_neighborhood=k)
 
 
-def fidelity(images: Tensor, real: Tensor, extractor: Extractor, *, only: str = "all",
-             cuda: bool = True, batch_size: int = 250) -> dict[str, float]:
+def fidelity(images: Tensor, real: Tensor, extractor: Extractor) -> dict[str, float]:
     """Distances of uint8 images (n, C, H, W) from real ones, under the extractor's names.
 
     CIS, CFD, CKD (or IS, FID, KID); precision (share of images inside the real manifold), recall
-    (the reverse) with k = 3, arXiv 1904.06991. only: 'all', or 'kernel' for the kernel distance
-    alone (unbiased: usable on few images). Raises DerkitError for other types or shapes."""
+    (the reverse) with k = 3, arXiv 1904.06991. Raises DerkitError for other types or shapes."""
     alike = images.shape[1:] == real.shape[1:] and images.dtype == real.dtype == torch.uint8
     if not alike or images.ndim != 4 or min(len(images), len(real)) < 2:
         found = " and ".join(f"{x.dtype} {tuple(x.shape)}" for x in (images, real))
         raise DerkitError(f"distances are of two sets, 2 or more uint8 (C, H, W), found {found}.")
-    package, every, options = torch_fidelity(), only == "all", protocol(len(images), len(real))
-    if extractor.net is None:  # Inception, which takes RGB
-        images, real = images.expand(-1, 3, -1, -1), real.expand(-1, 3, -1, -1)
-        options["feature_extractor_weights_path"] = str(extractor.path)
-    sets = [torch.utils.data.Subset(x.cpu(), range(len(x))) for x in (images, real)]
-    with torch.random.fork_rng(devices=[]):
-        found = package.calculate_metrics(
-            input1=sets[0], input2=sets[1], feature_extractor=extractor.name, isc=every, fid=every,
-            kid=True, prc=every, cuda=cuda and torch.cuda.is_available(), batch_size=batch_size,
-            save_cpu_ram=True, cache=False, verbose=False, **options)
-    keys = (package.KEY_METRIC_ISC_MEAN, package.KEY_METRIC_FID, package.KEY_METRIC_KID_MEAN)
-    names = dict(zip(keys, extractor.columns, strict=True), precision="precision", recall="recall")
-    return {name: float(found[key]) for key, name in names.items() if key in found}
+    return distances(extractor(images), extractor(real), extractor.columns)
+
+
+def distances(found: Features, real: Features, columns: Sequence[str]) -> dict[str, float]:
+    """`fidelity` of features and logits, by torch-fidelity's formulas; NaN for a single image."""
+    if min(len(found[0]), len(real[0])) < 2:
+        return dict.fromkeys(columns, float("nan"))
+    isc, fid, kid, prc = (package(f"torch_fidelity.metric_{name}") for name in FORMULAS)
+    options = protocol(len(found[0]), len(real[0])) | dict(save_cpu_ram=True, verbose=False)
+    stats = [fid.fid_features_to_statistics(features) for features, _ in (found, real)]
+    values = (isc.isc_features_to_metric(found[1], options["isc_splits"])[isc.KEY_METRIC_ISC_MEAN],
+              fid.fid_statistics_to_metric(*stats, verbose=False)[fid.KEY_METRIC_FID],
+              kid.kid_features_to_metric(found[0], real[0], **options)[kid.KEY_METRIC_KID_MEAN],
+              *prc.prc_features_to_metric(found[0], real[0], **options).values())
+    return dict(zip(columns, map(float, values), strict=False))  # no F score
 
 
 def nearest_train(images: Tensor, train: Tensor, chunk: int = 500) -> tuple[Tensor, Tensor]:
@@ -86,31 +91,20 @@ def _balanced(split: Split, n: int, classes: list[int]) -> Split:
     return Split(split.images[index].cpu(), split.labels[index].cpu())
 
 
-def _row(part: Split, distance: Tensor, real: Split, extractor: Extractor | None,
-         only: str = "all") -> dict[str, float]:
-    """The metrics of a set of images, or (only='kernel') of one class of it."""
-    row = {"n": len(part), "agreement": float("nan")}
-    if extractor and min(len(part), len(real)) > 1:
-        row |= fidelity(part.images, real.images, extractor, only=only)
-    if extractor and extractor.net:
-        right = extractor.logits(part.images).argmax(1) == part.labels
-        row["agreement"] = right.double().mean().item()
-    row["pairwise L2"] = pd.Series(pairwise(part.images, part.labels)).mean()
-    row["nearest-train L2"] = distance.mean().item()
-    return row
-
-
-def metrics_table(samples: dict[str, Samples], dataset: Dataset, extractor: Extractor | None,
+def metrics_table(samples: dict[str, Samples], dataset: Dataset,
+                  judges: Extractor | Sequence[Extractor] | None,
                   reference: str = "test") -> MetricsTable:
     """All metrics of one or more sets of samples, with the rows that make them readable.
 
     Floor: as many real images that are not in the reference ('test' or 'train'), with the
     nearest-train distance of test images. Ceiling: uniform noise. Of each set its starts stand
-    first. Columns: `fidelity`; agreement (share that the extractor puts in their class); pairwise
-    L2 in a class; nearest-train L2; near copies; saturated pixels; steps; s / 1000 images.
-    extractor: None leaves out its columns. Raises DerkitError for sets of other sizes or data."""
+    first. Columns: `fidelity` by every judge; agreement (share that a network trained on the data
+    puts in their class); pairwise L2 in a class; nearest-train L2; near copies; saturated pixels;
+    steps; s / 1000 images. judges: None leaves out their columns.
+    Raises DerkitError for sets of other sizes or data."""
     if not samples:
         raise DerkitError("metrics_table needs at least one set of samples.")
+    judges = [judges] if isinstance(judges, Extractor) else [*(judges or ())]
     first, train, test = next(iter(samples.values())), dataset.train, dataset.test
     chosen, other = pick("reference", reference, dict(test=(test, train), train=(train, test)))
     classes = first.labels.unique().tolist()
@@ -127,19 +121,30 @@ def metrics_table(samples: dict[str, Samples], dataset: Dataset, extractor: Extr
         sets.append((f"{name}{X0}", Split(s.x0, s.labels), {"steps": 0.0}))
         sets.append((name, Split(s.images, s.labels), {"steps": steps, "s / 1000": seconds}))
     unseen, rows, class_rows = nearest_train(test.images, train.images)[0], {}, {}
+    theirs = [judge(real.images) for judge in judges]
     for name, part, cost in progress(sets, desc="metrics"):
         near = nearest_train(part.images, train.images)[0], part.labels
         distance, owner = (unseen, test.labels.cpu()) if name == FLOOR else near
         memory = {"near copies": near_copies(distance, unseen), "saturated": saturated(part.images)}
-        rows[name] = _row(part, distance, real, extractor) | memory | cost
+        row, right = {"n": len(part)}, torch.full((len(part),), float("nan"))
+        for judge, known in zip(judges, theirs, strict=True):
+            found = judge(part.images)
+            if judge.own:
+                right = (found[1].argmax(1) == part.labels).double()
+                row["agreement"] = right.mean().item()
+            row |= distances(found, known, judge.columns)
+        apart = pairwise(part.images, part.labels)
+        row["pairwise L2"] = pd.Series(apart).mean()
+        row["nearest-train L2"] = distance.mean().item()
+        rows[name] = row | memory | cost
         for c in classes:
-            mine, theirs = part.take(part.labels == c), real.take(real.labels == c)
-            row = _row(mine, distance[owner == c], theirs, extractor, "kernel")
-            class_rows[name, dataset.classes[c]] = row
-    judge = extractor and dict(name=extractor.name, sha256=extractor.sha256, info=extractor.info)
+            class_rows[name, dataset.classes[c]] = {
+                "agreement": right[part.labels == c].mean().item(), "pairwise L2": apart[c],
+                "nearest-train L2": distance[owner == c].mean().item()}
+    who = [dict(name=j.name, sha256=j.sha256, info=j.info) for j in judges]
     info = protocol(len(first), len(real)) | dict(
         n=len(first), n_reference=len(real), reference=reference, dataset=dataset.name,
-        source=dataset.source, data_sha256=dataset.sha256, extractor=judge, selection="none",
+        source=dataset.source, data_sha256=dataset.sha256, judges=who, selection="none",
         quantised="uint8, rounded", samples={name: s.record for name, s in samples.items()})
     overall, per_class = (pd.DataFrame.from_dict(d, orient="index") for d in (rows, class_rows))
     overall.index.name, per_class.index.names = "images", ["images", "class"]

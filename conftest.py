@@ -6,6 +6,8 @@ import shutil
 import tempfile
 
 os.environ["TQDM_DISABLE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes: more threads than cores would crawl
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 _HOME = tempfile.mkdtemp(prefix="derkit-pytest-")
 os.environ["DERKIT_HOME"] = _HOME  # kernels inherit it: every session starts without earlier runs
 

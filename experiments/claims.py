@@ -202,6 +202,19 @@ CLAIMS: dict[str, list[Claim]] = dict(
         within(GAP, "pgd-10 + der *", "gap", -1, 0.01),
         better(FREE, "pgd-10 + der *", "pgd", "pgd-10", epoch="best")],
     **{suite: collapse(suite) for suite in ("co_fashion_mini", "co_cifar10", "co_cifar100")},
+    co_preact=[  # written before any run of it
+        within(FALLS, "fgsm", "collapsed", 1, 1),
+        within("RS-FGSM collapses in every seed", "rs_fgsm", "collapsed", 1, 1),
+        within(STANDS, "*fgsm + der norm", "collapsed", 0, 0),
+        within(STANDS, BALL, "collapsed", 0, 0),
+        better("DER (norm), as reported, makes RS-FGSM stronger", "rs_fgsm + der norm", "aa",
+               "rs_fgsm"),
+        better("DER (norm), on RS-FGSM as reported, is stronger than N-FGSM", "rs_fgsm + der norm",
+               "aa", "n_fgsm"),
+        better("DER (norm), as reported, makes N-FGSM stronger", "n_fgsm + der norm", "aa",
+               "n_fgsm"),
+        better("DER (ball) is stronger than N-FGSM", BALL, "aa", "n_fgsm"),
+        better("DER (ball) is stronger than GradAlign", BALL, "aa", RIVALS[0])],
     ro_fashion_mini=[
         within("PGD overfits robustly: strong accuracy falls by 1 point or more from the best "
                "epoch to the last", "pgd", "strong gap", 0.01, 1),

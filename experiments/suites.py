@@ -222,6 +222,18 @@ def co_cifar100() -> list[Experiment]:
     return one_layer("cifar10_co", CIFAR_ROWS[:4], wide=True, dataset="cifar100")
 
 
+def co_preact() -> list[Experiment]:
+    """Catastrophic overfitting of the paper's network, narrow: PreActResNet-18 of width 16, 10,000
+    images of CIFAR-10 without augmentation, eps 16/255, 10 epochs. Nothing is tuned: published
+    settings, those that a third party reports for the norm form, and the default of ball."""
+    common = dict(width=16, train_size=10000, augment="none", epochs=10, lr=0.1, eps="16/255",
+                  precision="fp32", eval_size=500, final_size=1000, strong_size=500,
+                  pgd50_size=500, autoattack_size=200, judge_best=False)
+    one = partial(experiment, preset="cifar10", common=common, group="test", seeds=(0, 1))
+    return [one("fgsm"), one("rs_fgsm"), one("rs_fgsm + der norm", weight=0.5), one("n_fgsm"),
+            one("fgsm + der ball"), one("n_fgsm + der norm", weight=0.1), one("fgsm + gradalign")]
+
+
 # ----------------------------------------------------------------------------- robust overfitting
 RO_SETTINGS = {"pgd": [{}], "pgd + der norm": [
     dict(weight=6, start=0.8), *(dict(weight=weight, start=0.3) for weight in (1, 6, 18))],
@@ -283,5 +295,5 @@ def cifar10() -> list[Experiment]:
 
 
 SUITES = {make.__name__: Suite(" ".join(make.__doc__.split()), tuple(make()))
-          for make in (cifar10, co_cifar10, co_cifar100, co_fashion_mini, gen_cifar10,
+          for make in (cifar10, co_cifar10, co_cifar100, co_fashion_mini, co_preact, gen_cifar10,
                       ro_fashion_mini)}

@@ -3,13 +3,14 @@
     python scripts/generation_ablation.py                          # 3 seeds, all parts
     python scripts/generation_ablation.py --parts recipe --models TRADES,RS-FGSM --suffix _models
     python scripts/generation_ablation.py --seeds 1 --n 200 --parts grid --out /tmp/a_quick_look
-    python scripts/generation_ablation.py --dataset cifar10 --n 10000 --out /tmp/cifar10 \\
-        --checkpoint SAT=RUN/final.safetensors --checkpoint DER=OTHER_RUN/final.safetensors
+    python scripts/generation_ablation.py --dataset cifar10 --parts cifar10 --n 2000 --seeds 2 \\
+        --judges own,lite0 --checkpoint L2=RUN/final.safetensors
 
 Seed s stands for the classifier trained with seed s and for the samples drawn with seed s; with
---checkpoint the classifier is that file for every seed. The data needs its extractor:
-scripts/train_extractor.py. Writes a JSON file for every part, with all rows, per-class values and
-the protocol, into figures/records/generation_fashion_mini/.
+--checkpoint the classifier is that file for every seed. Judges: the data's own extractor
+(scripts/train_extractor.py), EfficientNet-Lite0 and Inception (DERKIT_INCEPTION). Writes a JSON
+file for every part, with all rows, per-class values and the protocol, into
+figures/records/generation_<dataset>/.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy as np
 from derkit.checkpoint import load_checkpoint, load_model
 from derkit.config import TrainConfig
 from derkit.data import Dataset, load_dataset
-from derkit.generation.extractor import extractor_for
+from derkit.generation.extractor import Extractor, extractor_for, inception, lite0
 from derkit.generation.generate import generate
 from derkit.generation.metrics import generation_summary, metrics_table
 from derkit.records import records_folder
@@ -61,6 +62,8 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
        "local PCA, quantile stop": dict(), "local PCA, tau .7, quantile stop": dict(tau=0.7),
        "local PCA, tau .7, w 2, quantile stop": dict(tau=0.7, w=2.0)},
 }
+JUDGES = {"own": extractor_for, "lite0": lambda dataset: lite0(),
+          "inception": lambda dataset: inception()}
 PICTURES = ("ECCV'24, eta 0.8, 20 steps", "local PCA, quantile stop",
             "local PCA, tau .7, quantile stop")
 
@@ -78,16 +81,16 @@ def classifier(name: str, seed: int, dataset: Dataset, files: dict[str, str]):
 
 
 def measure(part: str, dataset: Dataset, models: list[str], files: dict[str, str], seeds: int,
-            n: int, reference: str) -> dict[str, Any]:
+            n: int, reference: str, judges: list[Extractor]) -> dict[str, Any]:
     """All rows of a part, every model and seed."""
-    extractor, settings = extractor_for(dataset), pick("part", part, PARTS)
+    settings = pick("part", part, PARTS)
     record: dict[str, Any] = dict(part=part, n=n, reference=reference, settings=settings)
     lists = {key: [] for key in ("protocols", "rows", "per_class", "chains")}
     for name, seed in ((name, seed) for name in models for seed in range(seeds)):
         model, origin = classifier(name, seed, dataset, files)
         began, tag = time.perf_counter(), dict(model=name, seed=seed)
         sets = {key: generate(model, dataset, n, seed=seed, **s) for key, s in settings.items()}
-        table = metrics_table(sets, dataset, extractor, reference)
+        table = metrics_table(sets, dataset, judges, reference)
         made = table.protocol.pop("samples")
         sha256 = dict(model_sha256=next(iter(made.values()))["model_sha256"])
         lists["protocols"].append(table.protocol | tag | sha256 | origin)
@@ -123,7 +126,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--n", type=int, default=500)
     parser.add_argument("--reference", default="test", choices=("test", "train"))
-    parser.add_argument("--out", type=Path, default=records_folder() / "generation_fashion_mini")
+    parser.add_argument("--judges", default="own", help=f"of: {', '.join(JUDGES)}")
+    parser.add_argument("--out", type=Path, help="default: figures/records/generation_<dataset>")
     parser.add_argument("--suffix", default="", help="added to the file's name, for other models")
     parser.add_argument("--pictures", action="store_true", help="keep images of three settings")
     options = parser.parse_args(argv)
@@ -132,11 +136,14 @@ def main(argv: list[str] | None = None) -> None:
     if not files and options.dataset != "fashion_mini":
         parser.error("only fashion_mini has classifiers here: give --checkpoint NAME=FILE")
     dataset = load_dataset(options.dataset, options.data_dir, choose_device())
+    out = options.out or records_folder() / f"generation_{dataset.name}"
+    judges = [pick("judge", name, JUDGES)(dataset) for name in options.judges.split(",")]
     if options.pictures:
-        pictures(dataset, files, options.out)
+        pictures(dataset, files, out)
     for part in filter(None, options.parts.split(",")):
-        record = measure(part, dataset, models, files, options.seeds, options.n, options.reference)
-        write_json(options.out / f"{part}{options.suffix}.json", record)
+        record = measure(part, dataset, models, files, options.seeds, options.n, options.reference,
+                         judges)
+        write_json(out / f"{part}{options.suffix}.json", record)
         print(generation_summary(record).round(2).to_string(), flush=True)
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from derkit.diagnosis.overfitting import alarm_summary, co_onset
+from derkit.generation.metrics import CEILING, FLOOR, X0, generation_summary, load_generation
 from derkit.records import Run, load_costs, load_records, load_tested, records_folder, title
 from derkit.util import read_json
 from experiments.claims import counts, scorecard
@@ -23,6 +25,8 @@ from experiments.suites import RO_SETTINGS, SUITES, TUNED, settings
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
 SIGNS = dict(weight="lambda")
+GENERATED = ("recipe", "cifar10")  # parts of scripts/generation_ablation.py that are shown
+COLUMNS = ("agreement", "recall", "pairwise L2", "nearest-train L2", "near copies")
 
 
 def cell(values: Sequence[float], spread: bool = False) -> str:
@@ -150,6 +154,34 @@ def energies(folder: str) -> pd.DataFrame:
     return pd.DataFrame.from_dict(found, orient="index").rename_axis("data, network, attack")
 
 
+def distance(value: float) -> str:
+    """Two digits behind the point, one from ten on."""
+    return f"{value:.{2 if value < 10 else 1}f}"
+
+
+def generation(folder: str) -> pd.DataFrame:
+    """Every recipe of a record of generation, its starts alone beside it: distances by every judge
+    (mean and range over seeds), and what tells variety from copying."""
+    found = []
+    for record in (load_generation(part, folder) for part in GENERATED
+                   if (records_folder() / folder / f"{part}.json").is_file()):
+        means, every = generation_summary(record), pd.DataFrame(record["rows"])
+        models = list(dict.fromkeys(means.index.get_level_values("model")))
+        real = [(models[0], FLOOR), (models[0], CEILING)]  # the same for all classifiers
+        for model, key in [*real, *product(models, record["settings"])]:
+            row = means.loc[model].loc[key]
+            start = means.loc[model].loc[key if (model, key) in real else key + X0]
+            cells = dict(classifier="-" if (model, key) in real else model, recipe=key)
+            for judge in (name for name in ("CFD", "Lite0 FD", "FID") if name in means):
+                values = every.loc[(every["model"] == model) & (every["images"] == key), judge]
+                low, high = distance(values.min()), distance(values.max())
+                cells |= {f"{judge}, start": distance(start[judge]),
+                          judge: f"{distance(values.mean())} [{low}, {high}]"}
+            cells |= {name: f"{row[name]:.2f}" for name in COLUMNS}
+            found.append(cells | {"steps": f"{row['steps']:.1f}".replace("nan", "-")})
+    return pd.DataFrame(found).set_index("classifier")
+
+
 def claims(*suites: str) -> pd.DataFrame:
     """The verdict of every claim of the suites."""
     table = scorecard(suites)
@@ -163,7 +195,7 @@ def verdicts() -> pd.DataFrame:
 
 
 TABLES = dict(rows=rows, tuning=tuning, alarms=alarms, collapses=collapses, robust=robust,
-              energies=energies, claims=claims, verdicts=verdicts)
+              energies=energies, generation=generation, claims=claims, verdicts=verdicts)
 BLOCK = re.compile(rf"(<!-- ({'|'.join(TABLES)}) ?([\w ]*) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 

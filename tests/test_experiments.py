@@ -67,15 +67,9 @@ def test_the_cifar10_suite():
     assert seeds == sorted(seeds), "one seed of everything first"
     first = [one.group for one in runs if one.config.seed == 0]
     assert first == sorted(first) and len(first) == len({one.label for one in runs})
-    assert {one.config.model for one in runs} == {"preact_resnet18"}
     sizes = {name: {one.config.autoattack_size for one in group} for name, group in groups.items()}
     assert sizes == dict(A={1000}, B1={0}, B2={1000}, C={1000}), "sweeps look at validation images"
     assert {one.config.epochs for one in groups["C"]} == {200}
-    swept = [one for one in groups["B2"] if one.sweep]
-    assert len(swept) == 27 and all("gradalign" in one.label or "norm" in one.label
-                                    for one in groups["B2"] if one not in swept)
-    late = next(one.config for one in runs if one.label == "trades + der norm")
-    assert (late.method, late.variant, late.mask, late.start) == ("trades", "norm", "all", 0.8)
 
 
 def test_labels_set_what_they_name():

@@ -58,6 +58,16 @@ def test_energies_against_the_record():
     assert [signs.iloc[0], signs.iloc[-1]] == ["-", "+"]
 
 
+def test_generation_against_the_record():
+    record = read_json(records_folder() / "generation_fashion_mini" / "recipe.json")
+    key = "local PCA, quantile stop"
+    values = [row["CFD"] for row in record["rows"] if (row["model"], row["images"]) == ("SAT", key)]
+    table = results.generation("generation_fashion_mini")
+    row = table[table["recipe"] == key].loc["SAT"]
+    assert row["CFD"] == f"{np.mean(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
+    assert len(values) == 3 and len(table) == 2 + 2 * len(record["settings"])
+
+
 def test_alarms_and_collapses_count_every_run():
     table = results.alarms(*SUITES)
     for suite in SUITES:

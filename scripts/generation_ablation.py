@@ -43,6 +43,7 @@ INITS = {"uniform": "uniform", "class Gaussian": "class_gaussian",
 STOPS = {"fixed 4": dict(stop="fixed", steps=4), "fixed 20": dict(stop="fixed", steps=20),
          "mean band": dict(stop="mean_band"), "quantile": dict(stop="quantile")}
 ECCV24 = dict(init="pca_published", rule="plain", momentum=0.0, stop="fixed")
+LONG = dict(stop="fixed", eta=0.5, momentum=0.0)  # steps of 0.5 in L2, all of them taken
 TARGETS = ((0.25, 0.75), (0.0, 1.0), (0.0, 0.5), (0.0, 0.25), (0.0, 0.05))
 
 PARTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -61,11 +62,24 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
        "ECCV'24, eta 0.2, mean band": ECCV24 | dict(eta=0.2, steps=50, stop="mean_band"),
        "local PCA, quantile stop": dict(), "local PCA, tau .7, quantile stop": dict(tau=0.7),
        "local PCA, tau .7, w 2, quantile stop": dict(tau=0.7, w=2.0)},
+    "cifar10": {
+        "noise, 60 steps": LONG | dict(init="uniform", steps=60),
+        "class Gaussian, 20 steps": LONG | dict(init="class_gaussian", steps=20),
+        "ECCV'24, eta 0.8, 20 steps": ECCV24 | dict(eta=0.8, steps=20),
+        "PCA as published, 20 steps": LONG | dict(init="pca_published", steps=20),
+        "PCA, scale 1, 20 steps": LONG | dict(init="pca", steps=20),
+        "PCA, scale 1, quantile stop": dict(init="pca"),
+        "local PCA, tau .7, 20 steps": LONG | dict(tau=0.7, steps=20),
+        "local PCA, tau .7, quantile stop": dict(tau=0.7),
+        "local PCA, 10 steps": LONG | dict(steps=10),
+        "local PCA, quantile stop": dict()},
 }
 JUDGES = {"own": extractor_for, "lite0": lambda dataset: lite0(),
           "inception": lambda dataset: inception()}
-PICTURES = ("ECCV'24, eta 0.8, 20 steps", "local PCA, quantile stop",
-            "local PCA, tau .7, quantile stop")
+PICTURES = {"recipe": ("ECCV'24, eta 0.8, 20 steps", "local PCA, quantile stop",
+                       "local PCA, tau .7, quantile stop"),
+            "cifar10": ("noise, 60 steps", "PCA as published, 20 steps", "PCA, scale 1, 20 steps",
+                        "local PCA, tau .7, 20 steps", "local PCA, quantile stop")}
 
 
 def classifier(name: str, seed: int, dataset: Dataset, files: dict[str, str]):
@@ -102,22 +116,23 @@ def measure(part: str, dataset: Dataset, models: list[str], files: dict[str, str
     return record | lists
 
 
-def pictures(dataset: Dataset, files: dict[str, str], out: Path, n: int = 100) -> None:
-    """The first n starts and results of three settings, SAT with seed 0, for the sample grids."""
-    model, _ = classifier("SAT", 0, dataset, files)
+def pictures(part: str, dataset: Dataset, name: str, files: dict[str, str], out: Path,
+             n: int = 100) -> None:
+    """The first n starts and results of some settings, one classifier with seed 0, for grids."""
+    model, _ = classifier(name, 0, dataset, files)
     arrays = {}
-    for name in PICTURES:
-        s = generate(model, dataset, n, seed=0, **PARTS["recipe"][name])
-        arrays |= {f"{name}: x0 only": s.x0, name: s.images, "labels": s.labels}
+    for setting in PICTURES[part]:
+        s = generate(model, dataset, n, seed=0, **PARTS[part][setting])
+        arrays |= {f"{setting}: x0 only": s.x0, setting: s.images, "labels": s.labels}
     out.mkdir(parents=True, exist_ok=True)
-    arrays = {name: tensor.numpy() for name, tensor in arrays.items()}
+    arrays = {key: tensor.numpy() for key, tensor in arrays.items()}
     np.savez_compressed(out / "pictures.npz", **arrays)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--parts", default="grid,start,dial,recipe")
     parser.add_argument("--models", default="SAT,standard", help=f"of: {', '.join(MODELS)}")
     parser.add_argument("--checkpoint", action="append", default=[], metavar="NAME=FILE",
                         help="a classifier of your own; repeatable")
@@ -138,9 +153,11 @@ def main(argv: list[str] | None = None) -> None:
     dataset = load_dataset(options.dataset, options.data_dir, choose_device())
     out = options.out or records_folder() / f"generation_{dataset.name}"
     judges = [pick("judge", name, JUDGES)(dataset) for name in options.judges.split(",")]
+    parts = [part for part in options.parts.split(",") if part]
     if options.pictures:
-        pictures(dataset, files, out)
-    for part in filter(None, options.parts.split(",")):
+        [part] = [part for part in parts or PICTURES if part in PICTURES]
+        pictures(part, dataset, models[0], files, out)
+    for part in parts:
         record = measure(part, dataset, models, files, options.seeds, options.n, options.reference,
                          judges)
         write_json(out / f"{part}{options.suffix}.json", record)

@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     judges = [pick("judge", name, JUDGES)(dataset) for name in options.judges.split(",")]
     parts = [part for part in options.parts.split(",") if part]
     if options.pictures:
-        [part] = [part for part in parts or PICTURES if part in PICTURES]
+        part = next(part for part in [*parts, "recipe"] if part in PICTURES)
         pictures(part, dataset, models[0], files, out)
     for part in parts:
         record = measure(part, dataset, models, files, options.seeds, options.n, options.reference,

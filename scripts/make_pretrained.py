@@ -47,7 +47,7 @@ def make(name: str, folder: str = "") -> None:
         pgd=evaluation.robust_accuracy(model, test, config.eps, norm=config.norm),
         strong=evaluation.strong_accuracy(model, test, config.eps, steps=50, norm=config.norm))
     words = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in values.items())
-    about = dict(data=f"{data.name}, {len(data.train)} images", eps=round(config.eps, 6), norm=config.norm,
+    about = dict(data=f"{data.name}, {len(data.train)} images", eps=round(config.eps, 6),
                  command=f"derkit train {words}", images=len(test))
     save_checkpoint(ASSETS / f"model-{name}.safetensors", model.half(), run.config["train"],
                     **{key: round(value, 4) for key, value in measured.items()}, **about)

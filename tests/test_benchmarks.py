@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 
+from benchmarks import sampling
 from benchmarks import throughput as bench
 from benchmarks.operations import operations_per_image
 from derkit.config import TrainConfig
@@ -41,6 +42,13 @@ def test_quick_run_writes_a_record(tmp_path, capsys):
     assert [row["row"] for row in record["results"]] == [row.name for row in bench.rows([])]
     assert record["results"][0]["ratio"] == 1 and record["env"]["cpu"] in capsys.readouterr().out
     assert all(row["images_per_s"] > 0 < row["share_of_peak"] for row in record["results"])
+
+
+def test_the_sampler_takes_the_steps_of_a_plain_loop(tmp_path):
+    sampling.main(["--n", "10", "--rounds", "1", "--out", str(tmp_path / "record.json")])
+    rows = json.loads((tmp_path / "record.json").read_text())["rows"]
+    assert [row["images"] for row in rows] == [10, 40] and rows[0]["longest"] > 1
+    assert {row["same_steps"] for row in rows} == {1.0}
 
 
 def test_a_row_that_fails_is_reported_and_the_others_go_on():

@@ -59,16 +59,6 @@ def test_every_record_is_of_an_experiment_and_no_experiment_lacks_one(name):
     assert orders == sorted(orders)
 
 
-def test_the_cifar10_suite():
-    runs = planned("cifar10")
-    groups = [one.group for one in runs]
-    assert {name: groups.count(name) for name in groups} == dict(A=27, B1=18, B2=54, C=12)
-    seeds = [one.config.seed for one in runs]
-    assert seeds == sorted(seeds), "one seed of everything first"
-    first = [one.group for one in runs if one.config.seed == 0]
-    assert first == sorted(first) and len(first) == len({one.label for one in runs})
-
-
 def test_labels_set_what_they_name():
     named = suites.experiment("n_fgsm + der ball eps 12/255, lambda 2", "cifar10", {}).config
     found = (named.method, named.regularizer, named.variant, named.eps, named.weight)

@@ -1,4 +1,5 @@
-"""Draw the reference figures of figures/ from the records of figures/records/ (no training).
+"""Draw the reference figures of figures/ from the records of figures/records/ and the models that
+come with the kit (no training).
 
     python scripts/make_figures.py [--out FOLDER]
 
@@ -18,8 +19,11 @@ import torch
 matplotlib.use("Agg")
 
 from derkit import plots  # noqa: E402
+from derkit.checkpoint import load_pretrained  # noqa: E402
+from derkit.config import GenerateConfig  # noqa: E402
 from derkit.data import SPECS  # noqa: E402
 from derkit.diagnosis.overfitting import co_alarms, summary  # noqa: E402
+from derkit.generation.sampler import sample  # noqa: E402
 from derkit.records import load_tested, records_folder, title  # noqa: E402
 
 ROWS = ("fgsm", "fgsm + der norm", "fgsm + der ball")
@@ -58,6 +62,17 @@ def training(folder: Path) -> None:
     plots.alarm_leads(alarms, save=folder / "alarms.png")
 
 
+def from_noise(folder: Path) -> None:
+    """Ten chains from noise down E(x, y) of the CIFAR-10 model that comes with the kit."""
+    labels, names = torch.arange(10), SPECS["cifar10"].classes
+    noise = torch.rand(10, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    walk = GenerateConfig(stop="fixed", steps=60, eta=0.5, momentum=0.0)
+    model = load_pretrained("cifar10-generator")
+    chains = sample(model, noise, labels, labels, walk, frames_every=15)
+    rows = {f"step {t}": x for t, x in zip(chains.frame_steps, chains.frames, strict=True)}
+    plots.compare_sets(rows, labels, names, save=folder / "generation_from_noise_cifar10.png")
+
+
 def generation(folder: Path) -> None:
     """Sample grids from the images that scripts/generation_ablation.py --pictures keeps."""
     file = records_folder() / "generation_fashion_mini" / "pictures.npz"
@@ -80,6 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = parser.parse_args(argv).out
     plots.use_style()
     training(folder)
+    from_noise(folder)
     generation(folder)
     print(*sorted(path.name for path in folder.glob("*.png")), sep="\n")
 

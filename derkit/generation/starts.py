@@ -134,8 +134,10 @@ def fit_pool(dataset: Dataset, classes: Sequence[int], config: GenerateConfig,
             fit = cached("pca", (sha256, c, round(config.kept, 6)), class_pca, x, config.kept)
             pool.pca[c] = ClassPCA(*(t.to(images.device, dtype) for t in fit))
         else:
-            [near] = cached("near", (sha256, c, k, config.rank), neighbours, x, k, config.rank)
-            pool.near[rows[c]] = rows[c][near.to(images.device)]
+            most = min(max(k, 128), len(x) - 1)  # one fit for all k up to 128
+            [near] = cached("near", (sha256, c, most, config.rank), neighbours, x, most,
+                            config.rank)
+            pool.near[rows[c]] = rows[c][near[:, :k].to(images.device)]
     return pool
 
 

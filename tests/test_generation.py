@@ -203,12 +203,14 @@ def test_starts_of_ones_own(trained, some):
 
 
 def test_interpolation_joins_its_ends(trained, some):
+    """Of one class and of two; the label and the target change in the middle."""
     job = prepare(trained, some, k=8, steps=4, noise=0.0)
-    out = job.between(0, 10, points=5)
-    assert torch.allclose(out.x0[[0, -1]], job.starts(torch.tensor([0, 10])), atol=1e-5)
-    assert (out.labels == 0).all() and len(out.target.unique()) == 1
-    with pytest.raises(DerkitError, match="two starts of one class"):
-        job.between(0, 1)
+    for second, labels in ((10, [0] * 5), (1, [0, 0, 0, 1, 1])):
+        out = job.between(0, second, points=5)
+        assert torch.allclose(out.x0[[0, -1]], job.starts(torch.tensor([0, second])), atol=1e-5)
+        assert out.labels.tolist() == labels and out.index.tolist() == [0] * 3 + [second] * 2
+    with pytest.raises(DerkitError, match="needs init=local_pca, found pca"):
+        prepare(trained, some, init="pca").between(0, 1)
 
 
 def test_models_that_do_not_fit(net, some):

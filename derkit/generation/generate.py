@@ -112,17 +112,17 @@ class Job(NamedTuple):
         return sample(self.model, x0, labels, index, self.config, self.reference, **more)
 
     def between(self, first: int, second: int, points: int = 9, **more: Any) -> Chains:
-        """Chains from between two local-PCA starts of a class (or DerkitError), to the first's e*:
-        x0(t) = (1 - t) m_1 + t m_2 + tau (cos(a) d_1 + sin(a) d_2), a = t pi/2 keeps the spread."""
-        draw = self.draw([first, second])
-        if self.config.init != "local_pca" or draw.labels[0] != draw.labels[1]:
-            raise DerkitError("between() joins two starts of one class with init=local_pca: numbers"
-                              f" that differ by a multiple of {len(self.classes)}.")  # fmt: skip
-        mean, (d1, d2) = local_parts(draw, self.pool, self.config)
+        """Chains from between two local-PCA starts (or DerkitError), of one class or of two; the
+        first half goes to the first's label and e*, the other to the second's. a = t pi/2 keeps the
+        spread: x0(t) = (1 - t) m_1 + t m_2 + tau (cos(a) d_1 + sin(a) d_2)."""
+        if self.config.init != "local_pca":
+            raise DerkitError(f"between() needs init=local_pca, found {self.config.init}.")
+        mean, (d1, d2) = local_parts(self.draw([first, second]), self.pool, self.config)
         t = torch.linspace(0, 1, points, dtype=mean.dtype, device=mean.device)[:, None]
         deviation = (t * torch.pi / 2).cos() * d1 + (t * torch.pi / 2).sin() * d2
         x0 = (torch.lerp(*mean, t) + self.config.tau * deviation).clamp(0, 1)
-        x0, draw = x0.unflatten(1, self.pool.images.shape[1:]), self.draw([first] * points)
+        x0 = x0.unflatten(1, self.pool.images.shape[1:])
+        draw = self.draw([first if u <= 0.5 else second for u in t.flatten().tolist()])
         return sample(self.model, x0, draw.labels, draw.index, self.config, self.reference, **more)
 
     def samples(self, numbers: range) -> Samples:

@@ -116,9 +116,9 @@ def measure(part: str, dataset: Dataset, models: list[str], files: dict[str, str
     return record | lists
 
 
-def pictures(part: str, dataset: Dataset, name: str, files: dict[str, str], out: Path,
-             n: int = 100) -> None:
-    """The first n starts and results of some settings, one classifier with seed 0, for grids."""
+def pictures(part: str, dataset: Dataset, name: str, files: dict[str, str], out: Path) -> None:
+    """The first starts and results of some settings, one classifier with seed 0, for grids."""
+    n = 100 if dataset.channels == 1 else 50  # colour takes room
     model, _ = classifier(name, 0, dataset, files)
     arrays = {}
     for setting in PICTURES[part]:

@@ -34,8 +34,10 @@ CURVES = {  # file: suite, kind of overfitting, runs (co: the first seed of each
 }
 COLLAPSES = {"co_fashion_mini": "bundled images, eps 40/255", "co_cifar10": "CIFAR-10, eps 10/255",
              "co_cifar100": "CIFAR-100, eps 10/255"}
-GRIDS = {"generation_local_fashion_mini": "local PCA, quantile stop",
-         "generation_eccv24_fashion_mini": "ECCV'24, eta 0.8, 20 steps"}
+GRIDS = {"fashion_mini": {"local": "local PCA, quantile stop",
+                          "eccv24": "ECCV'24, eta 0.8, 20 steps"},
+         "cifar10": {"noise": "noise, 60 steps", "blur": "PCA as published, 20 steps",
+                     "local": "local PCA, tau .7, 20 steps"}}
 
 
 def tested(suite: str) -> dict[str, list]:
@@ -75,17 +77,19 @@ def from_noise(folder: Path) -> None:
 
 def generation(folder: Path) -> None:
     """Sample grids from the images that scripts/generation_ablation.py --pictures keeps."""
-    file = records_folder() / "generation_fashion_mini" / "pictures.npz"
-    if not file.is_file():
-        print("skipped generation_*.png: no pictures in generation_fashion_mini")
-        return
-    with np.load(file, allow_pickle=False) as arrays:
-        images = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    labels, names = images.pop("labels"), SPECS["fashion_mini"].classes
-    compared = folder / "generation_compare_fashion_mini.png"
-    plots.compare_sets(images, labels, names, save=compared)
-    for name, key in GRIDS.items():
-        plots.sample_grid(images[key], labels, names, title=key, save=folder / f"{name}.png")
+    for dataset, grids in GRIDS.items():
+        file = records_folder() / f"generation_{dataset}" / "pictures.npz"
+        if not file.is_file():
+            print(f"skipped generation_*_{dataset}.png: no pictures")
+            continue
+        with np.load(file, allow_pickle=False) as arrays:
+            images = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        labels, names = images.pop("labels"), SPECS[dataset].classes
+        compared = folder / f"generation_compare_{dataset}.png"
+        plots.compare_sets(images, labels, names, save=compared)
+        for name, key in grids.items():
+            grid = folder / f"generation_{name}_{dataset}.png"
+            plots.sample_grid(images[key], labels, names, title=key, save=grid)
 
 
 def main(argv: list[str] | None = None) -> None:

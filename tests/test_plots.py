@@ -92,6 +92,4 @@ def test_the_figures_of_the_repository_come_from_its_records(tmp_path, capsys, m
         make_figures.main(["--out", str(tmp_path)])
     committed = {path.name for path in records_folder().parent.glob("*.png")}
     assert {path.name for path in tmp_path.iterdir()} == committed
-    skipped = capsys.readouterr().out.count("skipped")
-    drawn = len(make_figures.CURVES) - skipped
-    assert drawn + 2 + 3 == len(committed), "curves, scores, alarms, and grids of samples"
+    assert "skipped" not in capsys.readouterr().out

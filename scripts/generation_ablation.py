@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     judges = [pick("judge", name, JUDGES)(dataset) for name in options.judges.split(",")]
     parts = [part for part in options.parts.split(",") if part]
     if options.pictures:
-        part = next(part for part in [*parts, "recipe"] if part in PICTURES)
+        part = "cifar10" if dataset.name == "cifar10" else "recipe"
         pictures(part, dataset, models[0], files, out)
     for part in parts:
         record = measure(part, dataset, models, files, options.seeds, options.n, options.reference,

@@ -174,9 +174,9 @@ def generation(folder: str) -> pd.DataFrame:
             cells = dict(classifier="-" if (model, key) in real else model, recipe=key)
             for judge in (name for name in ("CFD", "Lite0 FD", "FID") if name in means):
                 values = every.loc[(every["model"] == model) & (every["images"] == key), judge]
-                low, high = distance(values.min()), distance(values.max())
+                ends = f" [{distance(values.min())}, {distance(values.max())}]"
                 cells |= {f"{judge}, start": distance(start[judge]),
-                          judge: f"{distance(values.mean())} [{low}, {high}]"}
+                          judge: distance(values.mean()) + ends * (len(values) > 1)}
             cells |= {name: f"{row[name]:.2f}" for name in COLUMNS}
             found.append(cells | {"steps": f"{row['steps']:.1f}".replace("nan", "-")})
     return pd.DataFrame(found).set_index("classifier")

@@ -12,7 +12,6 @@ import torch
 
 import derkit
 from derkit.config import TrainConfig
-from derkit.generation.metrics import generation_summary, load_generation
 from derkit.records import records_folder
 from derkit.util import read_json
 from scripts import make_lessons
@@ -31,17 +30,6 @@ def tables() -> list[dict[str, list[str]]]:
             found.append({name: cells for name, cells in rows.items() if set(name) != {"-"}})
             rows = {}
     return found
-
-
-def test_generation_table():
-    """The grid's rows of the robust classifier, and one of the standard one."""
-    rows = [generation_summary(load_generation(name)) for name in ("grid", "recipe")]
-    (table,) = [table for table in tables() if "start, and what is done with it" in table]
-    numbers = {round(v, 1) for part in rows for v in part["CFD"].tolist()}
-    for name, cells in list(table.items())[1:]:
-        start, end, recall, spread, _ = cells
-        assert {float(start), float(end.split()[0])} <= numbers, name
-        assert 0 <= float(recall) <= 1 and 3 < float(spread) < 9
 
 
 def test_headlines_of_the_readme_are_those_of_the_tables():

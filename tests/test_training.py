@@ -374,6 +374,12 @@ def test_further_evaluation_of_a_finished_run(done, tiny, config, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------- errors
+def test_numbers_that_break(tiny, config):
+    where = r"the loss is not finite at epoch [12], step [12] of 2\. No checkpoint was written"
+    with pytest.raises(FloatingPointError, match=where):
+        train(config(lr=1e30, schedule="constant", momentum=0, method="standard"), tiny)
+
+
 def test_bad_input_before_any_work(config, home):
     for bad, message in (dict(model="wide_resnet", depth=11), "6n"), (dict(model="custom"), "'cu"):
         with pytest.raises(DerkitError, match=message):

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from derkit.checkpoint import load_checkpoint
+from derkit.checkpoint import ASSETS, load_checkpoint
 from derkit.data import Dataset, to_float
 from derkit.util import CheckpointError, DerkitError, home
 
-ASSETS = Path(__file__).resolve().parents[1] / "assets"
 FASHION, CIFAR10 = (ASSETS / f"extractor_{name}.safetensors" for name in ("fashion", "cifar10"))
 BUNDLED = {"fashion_mini": FASHION, "fashion_mnist": FASHION, "cifar10": CIFAR10}
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -77,8 +76,8 @@ class _Inception(nn.Module):
 
 
 class _Lite0(nn.Module):
-    """EfficientNet-Lite0 behind the same interface. Images come as RGB of 112 x 112: half of what
-    it was trained on, at a fifth of the time."""
+    """EfficientNet-Lite0 behind the same interface. Images come as RGB of 112 x 112, half of
+    what it was trained on: on a CPU its full size takes too long."""
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         super().__init__()

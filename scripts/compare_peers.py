@@ -30,7 +30,7 @@ from derkit.config import TrainConfig
 from derkit.data import Dataset, Split, load_dataset, to_float
 from derkit.diagnosis.evaluation import autoattack_mask, predict, strong_mask
 from derkit.generation.extractor import extractor_for
-from derkit.generation.metrics import fidelity
+from derkit.generation.metrics import distances
 from derkit.training.loop import train
 from derkit.util import write_json
 
@@ -209,13 +209,13 @@ class Features(nn.Module):
 
 
 def compare_distances(images: Tensor, real: Tensor) -> dict[str, dict[str, float]]:
-    """CIS, CFD and CKD of `fidelity` beside torchmetrics with the same extractor.
+    """CIS, CFD and CKD of `distances` beside torchmetrics with the same extractor.
 
     Below 1,000 images a subset of the kernel distance is the whole set, so nothing is drawn.
     """
     image = import_module("torchmetrics.image")
     extractor = extractor_for("fashion_mini")
-    ours = fidelity(images, real, extractor)
+    ours = distances(extractor(images), extractor(real), extractor.columns)
     features, logits = (Features(extractor.net, i) for i in (0, 1))
     size = min(len(images), len(real))
     frechet = image.FrechetInceptionDistance(feature=features)

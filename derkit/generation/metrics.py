@@ -4,6 +4,7 @@ torch-fidelity computes IS, FID and KID with Inception. Offline, the same formul
 small classifier are called CIS, CFD and CKD: they are not comparable with any published FID."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,45 +18,46 @@ from derkit.generation.generate import Samples, saturated
 from derkit.records import records_folder
 from derkit.util import DerkitError, pick, progress, read_json
 
-FORMULAS = ("isc", "fid", "kid", "prc")
 FLOOR, CEILING, X0 = "floor: real images", "ceiling: noise", ": x0 only"
 PUBLISHED = Path(__file__).resolve().parents[1] / "assets" / "published_generation.csv"
-
-
 Features = Sequence[Tensor]  # what an extractor says of images: (n, F) features, (n, K) logits
 
 
 def protocol(n: int, n_reference: int) -> dict[str, int]:
     """The sizes that enter the formulas, as torch-fidelity calls them, for n images."""
-    size, k = min(1000, n, n_reference), min(3, n - 1, n_reference - 1)
-    return dict(isc_splits=10 if n >= 5000 else 1, kid_subsets=100 if size == 1000 else 20,
-                kid_subset_size=size, prc_neighborhood=k)
-
-
-def fidelity(images: Tensor, real: Tensor, extractor: Extractor) -> dict[str, float]:
-    """Distances of uint8 images (n, C, H, W) from real ones, under the extractor's names.
-
-    CIS, CFD, CKD (or IS, FID, KID); precision (share of images inside the real manifold), recall
-    (the reverse) with k = 3, arXiv 1904.06991. Raises DerkitError for other types or shapes."""
-    alike = images.shape[1:] == real.shape[1:] and images.dtype == real.dtype == torch.uint8
-    if not alike or images.ndim != 4 or min(len(images), len(real)) < 2:
-        found = " and ".join(f"{x.dtype} {tuple(x.shape)}" for x in (images, real))
-        raise DerkitError(f"distances are of two sets, 2 or more uint8 (C, H, W), found {found}.")
-    return distances(extractor(images), extractor(real), extractor.columns)
+    few = n < 5000
+    return dict(isc_splits=1 if few else 10, kid_subsets=20 if few else 100,
+                kid_subset_size=min(1000, n, n_reference), prc_neighborhood=3)
 
 
 def distances(found: Features, real: Features, columns: Sequence[str]) -> dict[str, float]:
-    """`fidelity` of features and logits, by torch-fidelity's formulas; NaN for a single image."""
+    """Of generated and real images as a judge sees them, under its names: CIS, CFD, CKD (IS, FID,
+    KID) by torch-fidelity's formulas; precision (share of images inside the real manifold) and
+    recall (the reverse) with k = 3, arXiv 1904.06991. NaN where one set is a single image.
+
+    What real images need, a covariance and distances among themselves, is computed once."""
     if min(len(found[0]), len(real[0])) < 2:
         return dict.fromkeys(columns, float("nan"))
-    isc, fid, kid, prc = (package(f"torch_fidelity.metric_{name}") for name in FORMULAS)
-    options = protocol(len(found[0]), len(real[0])) | dict(save_cpu_ram=True, verbose=False)
-    stats = [fid.fid_features_to_statistics(features) for features, _ in (found, real)]
+    isc, fid, kid = (package(f"torch_fidelity.metric_{name}") for name in ("isc", "fid", "kid"))
+    options = protocol(len(found[0]), len(real[0])) | dict(verbose=False)
+    (mine, near), (theirs, known) = of_set(found[0]), _of_reference(real[0])
+    apart = torch.cdist(found[0], real[0])
     values = (isc.isc_features_to_metric(found[1], options["isc_splits"])[isc.KEY_METRIC_ISC_MEAN],
-              fid.fid_statistics_to_metric(*stats, verbose=False)[fid.KEY_METRIC_FID],
+              fid.fid_statistics_to_metric(mine, theirs, verbose=False)[fid.KEY_METRIC_FID],
               kid.kid_features_to_metric(found[0], real[0], **options)[kid.KEY_METRIC_KID_MEAN],
-              *prc.prc_features_to_metric(found[0], real[0], **options).values())
-    return dict(zip(columns, map(float, values), strict=False))  # no F score
+              (apart <= known).any(1).double().mean(), (apart <= near[:, None]).any(0).double().mean())
+    return dict(zip(columns, map(float, values), strict=True))
+
+
+def of_set(features: Tensor, k: int = 3) -> tuple[dict[str, Any], Tensor]:
+    """Of features (n, F): mean and covariance, and (n,) distances to the k-th nearest neighbour."""
+    parts = [torch.cdist(part, features) for part in features.split(1000)]
+    near = [part.topk(min(k + 1, len(features)), largest=False).values[:, -1] for part in parts]
+    stats = package("torch_fidelity.metric_fid").fid_features_to_statistics(features)
+    return stats, torch.cat(near)
+
+
+_of_reference = lru_cache(maxsize=4)(of_set)  # of the real images, once for all sets
 
 
 def nearest_train(images: Tensor, train: Tensor, chunk: int = 500) -> tuple[Tensor, Tensor]:
@@ -69,11 +71,6 @@ def pairwise(images: Tensor, labels: Tensor, most: int = 1000) -> dict[int, floa
     """Mean L2 distance of two images of a class ([0, 1] pixels, its first ``most``), by class."""
     parts = {c: to_float(images[labels == c][:most].flatten(1)) for c in labels.unique().tolist()}
     return {c: torch.pdist(x).mean().item() for c, x in parts.items()}  # NaN for a single image
-
-
-def near_copies(distance: Tensor, real: Tensor, share: float = 0.01) -> float:
-    """Share of samples nearer to a training image than all but ``share`` of real test images."""
-    return (distance < real.quantile(share)).double().mean().item()
 
 
 class MetricsTable(NamedTuple):
@@ -98,9 +95,10 @@ def metrics_table(samples: dict[str, Samples], dataset: Dataset,
 
     Floor: as many real images that are not in the reference ('test' or 'train'), with the
     nearest-train distance of test images. Ceiling: uniform noise. Of each set its starts stand
-    first. Columns: `fidelity` by every judge; agreement (share that a network trained on the data
-    puts in their class); pairwise L2 in a class; nearest-train L2; near copies; saturated pixels;
-    steps; s / 1000 images. judges: None leaves out their columns.
+    first. Columns: `distances` by every judge (None: no judge); agreement (share that
+    a network trained on the data puts in their class); pairwise L2 in a class; nearest-train L2;
+    near copies (share nearer to a training image than all but 1 % of the test images); saturated
+    pixels; steps; s / 1000 images.
     Raises DerkitError for sets of other sizes or data."""
     if not samples:
         raise DerkitError("metrics_table needs at least one set of samples.")
@@ -125,7 +123,7 @@ def metrics_table(samples: dict[str, Samples], dataset: Dataset,
     for name, part, cost in progress(sets, desc="metrics"):
         near = nearest_train(part.images, train.images)[0], part.labels
         distance, owner = (unseen, test.labels.cpu()) if name == FLOOR else near
-        memory = {"near copies": near_copies(distance, unseen), "saturated": saturated(part.images)}
+        copies = (distance < unseen.quantile(0.01)).double().mean().item()
         row, right = {"n": len(part)}, torch.full((len(part),), float("nan"))
         for judge, known in zip(judges, theirs, strict=True):
             found = judge(part.images)
@@ -136,7 +134,7 @@ def metrics_table(samples: dict[str, Samples], dataset: Dataset,
         apart = pairwise(part.images, part.labels)
         row["pairwise L2"] = pd.Series(apart).mean()
         row["nearest-train L2"] = distance.mean().item()
-        rows[name] = row | memory | cost
+        rows[name] = row | {"near copies": copies, "saturated": saturated(part.images)} | cost
         for c in classes:
             class_rows[name, dataset.classes[c]] = {
                 "agreement": right[part.labels == c].mean().item(), "pairwise L2": apart[c],

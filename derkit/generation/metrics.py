@@ -45,7 +45,7 @@ def distances(found: Features, real: Features, columns: Sequence[str]) -> dict[s
     values = (isc.isc_features_to_metric(found[1], options["isc_splits"])[isc.KEY_METRIC_ISC_MEAN],
               fid.fid_statistics_to_metric(mine, theirs, verbose=False)[fid.KEY_METRIC_FID],
               kid.kid_features_to_metric(found[0], real[0], **options)[kid.KEY_METRIC_KID_MEAN],
-              (apart <= known).any(1).double().mean(), (apart <= near[:, None]).any(0).double().mean())
+              *((apart <= r).any(d).double().mean() for r, d in ((known, 1), (near[:, None], 0))))
     return dict(zip(columns, map(float, values), strict=True))
 
 

@@ -30,7 +30,7 @@ from derkit.generation.generate import generate
 from derkit.generation.metrics import generation_summary, metrics_table
 from derkit.records import records_folder
 from derkit.training.loop import train
-from derkit.util import choose_device, pick, write_json
+from derkit.util import choose_device, home, pick, write_json
 
 TRAINING = dict(width=16, precision="fp32", epochs=12, train_size=0, eps=0.1)
 SAT, RS_FGSM, DER = dict(method="pgd", steps=5), dict(method="rs_fgsm"), dict(regularizer="der")
@@ -73,6 +73,12 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
         "local PCA, tau .7, quantile stop": dict(tau=0.7),
         "local PCA, 10 steps": LONG | dict(steps=10),
         "local PCA, quantile stop": dict()},
+    # one dial at a time, from local PCA with k=32, tau=1, w=1 and the quantile stop
+    "curve": {f"tau={tau}": dict(tau=tau) for tau in (0.4, 0.7, 1.0, 1.3)}
+    | {f"k={k}": dict(k=k) for k in (8, 128)} | {f"w={w}": dict(w=w) for w in (0.0, 3.0, 10.0)}
+    | {f"fixed {n}": dict(stop="fixed", steps=n) for n in (1, 2, 4, 8, 16)}
+    | {f"PCA scale={s}": dict(init="pca", scale=s) for s in (0.5, 0.7, 1.0)}
+    | {"target 0-0.5": dict(low=0.0, high=0.5)},
 }
 JUDGES = {"own": extractor_for, "lite0": lambda dataset: lite0(),
           "inception": lambda dataset: inception()}
@@ -95,15 +101,17 @@ def classifier(name: str, seed: int, dataset: Dataset, files: dict[str, str]):
 
 
 def measure(part: str, dataset: Dataset, models: list[str], files: dict[str, str], seeds: int,
-            n: int, reference: str, judges: list[Extractor]) -> dict[str, Any]:
-    """All rows of a part, every model and seed."""
+            n: int, reference: str, judges: list[Extractor], keep: Path) -> dict[str, Any]:
+    """All rows of a part, every model and seed. Samples are kept and found again."""
     settings = pick("part", part, PARTS)
     record: dict[str, Any] = dict(part=part, n=n, reference=reference, settings=settings)
     lists = {key: [] for key in ("protocols", "rows", "per_class", "chains")}
     for name, seed in ((name, seed) for name in models for seed in range(seeds)):
         model, origin = classifier(name, seed, dataset, files)
         began, tag = time.perf_counter(), dict(model=name, seed=seed)
-        sets = {key: generate(model, dataset, n, seed=seed, **s) for key, s in settings.items()}
+        place = keep / dataset.name / f"{name}-s{seed}-{n}"
+        sets = {key: generate(model, dataset, n, seed=seed, folder=place / part / f"{i:02d}",
+                              verbose=False, **s) for i, (key, s) in enumerate(settings.items())}
         table = metrics_table(sets, dataset, judges, reference)
         made = table.protocol.pop("samples")
         sha256 = dict(model_sha256=next(iter(made.values()))["model_sha256"])
@@ -143,6 +151,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--reference", default="test", choices=("test", "train"))
     parser.add_argument("--judges", default="own", help=f"of: {', '.join(JUDGES)}")
     parser.add_argument("--out", type=Path, help="default: figures/records/generation_<dataset>")
+    parser.add_argument("--keep", type=Path, default=home() / "generation",
+                        help="where samples lie, so that an interrupted run goes on")
     parser.add_argument("--suffix", default="", help="added to the file's name, for other models")
     parser.add_argument("--pictures", action="store_true", help="keep images of three settings")
     options = parser.parse_args(argv)
@@ -159,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
         pictures(part, dataset, models[0], files, out)
     for part in parts:
         record = measure(part, dataset, models, files, options.seeds, options.n, options.reference,
-                         judges)
+                         judges, options.keep)
         write_json(out / f"{part}{options.suffix}.json", record)
         print(generation_summary(record).round(2).to_string(), flush=True)
 

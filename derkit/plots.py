@@ -1,6 +1,6 @@
 """Figures from records and arrays. Each function draws one figure, shows it and returns nothing.
 
-``save=`` also writes it. Lines differ in style and marker too, so that they read in greyscale."""
+``save=`` also writes it, save=False leaves it open. Lines differ in style and marker, for grey."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,17 +19,15 @@ from derkit.generation import generate, metrics, sampler
 from derkit.records import Run
 from derkit.util import pick
 
-Save, Names = str | Path | None, Sequence[str]
+Save, Names = str | Path | bool | None, Sequence[str]
 COLORS = sns.color_palette("colorblind", 60)  # repeats itself, as the others do
-STYLES = ["-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1))] * 10
-MARKERS = ["o", "s", "^", "D", "v", "X"] * 10
+STYLES, MARKERS = ["-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1))] * 10, [*"os^DvX"] * 10
 ONSET = dict(color="0.2", lw=1, ls=(0, (2, 2)))
 LABELS = dict(valid_fgsm="FGSM, valid", valid_pgd="PGD, valid", valid_clean="clean, valid",
-              train_aae="share of AAEs, train",
-              train_acc="training attack, train", probe_pgd="PGD, train", probe_pgd_dE="PGD, train",
-              probe_dE="training attack, train", valid_pgd_dE="PGD, valid")
-CO = ["valid_fgsm", "valid_pgd", "train_acc", "train_aae"]
-CURVES = dict(co=(CO, ["probe_dE", "valid_pgd_dE"]),
+              train_aae="share of AAEs, train", train_acc="training attack, train",
+              probe_pgd="PGD, train", probe="training attack, train")
+CURVES = dict(co=(["valid_fgsm", "valid_pgd", "train_acc", "train_aae"],
+                  ["probe_dE", "valid_pgd_dE"]),
               ro=(["probe_pgd", "valid_pgd", "valid_clean"], ["probe_pgd_dE", "valid_pgd_dE"]))
 
 
@@ -48,8 +46,9 @@ def _finish(save: Save, axes: Sequence[plt.Axes] = (), size: int = 8) -> None:
     if save:
         Path(save).parent.mkdir(parents=True, exist_ok=True)
         plt.savefig(save)
-    plt.show()
-    plt.close()
+    if save is not False:
+        plt.show()
+        plt.close()
 
 
 @contextmanager
@@ -82,7 +81,8 @@ def overfitting_curves(runs: Mapping[str, Any], kind: str = "co", save: Save = N
         for axis, columns in zip((top, bottom), parts, strict=True):
             for i, column in enumerate(columns):
                 v, at = np.stack([run.epochs[column] for run in group]), group[0].epochs["epoch"]
-                _line(axis, i, LABELS[column], at, v.mean(0), v.min(0), v.max(0))
+                label = LABELS[column.removesuffix("_dE")]
+                _line(axis, i, label, at, v.mean(0), v.min(0), v.max(0))
         mark, word = sum(run.epochs["valid_pgd"] for run in group).argmax() + 1, "best on valid"
         if kind == "co":
             mark, word = getattr(overfitting.co_onset(group[0]), "epoch", None), "CO onset"

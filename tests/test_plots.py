@@ -74,6 +74,12 @@ def test_a_figure_is_drawn_saved_and_closed(name, tmp_path):
     assert not plt.get_fignums()
 
 
+def test_a_figure_can_be_left_open_for_a_slider():
+    plots.compare_sets({"grey": images}, labels, NAMES, save=False)
+    assert len(plt.get_fignums()) == 1
+    plt.close()
+
+
 def test_every_public_figure_is_drawn_here():
     public = {name for name, value in vars(plots).items() if not name.startswith("_")
               and getattr(value, "__module__", "") == plots.__name__}

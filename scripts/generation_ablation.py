@@ -26,8 +26,9 @@ from derkit.checkpoint import load_checkpoint, load_model
 from derkit.config import TrainConfig
 from derkit.data import Dataset, load_dataset
 from derkit.generation.extractor import Extractor, extractor_for, inception, lite0
-from derkit.generation.generate import generate
+from derkit.generation.generate import generate, prepare
 from derkit.generation.metrics import generation_summary, metrics_table
+from derkit.generation.sampler import quantise
 from derkit.records import records_folder
 from derkit.training.loop import train
 from derkit.util import choose_device, home, pick, write_json
@@ -87,6 +88,8 @@ PICTURES = {"recipe": ("ECCV'24, eta 0.8, 20 steps", "local PCA, quantile stop",
             "cifar10": ("noise, 60 steps", "PCA as published, 20 steps", "PCA, scale 1, 20 steps",
                         "local PCA, tau .7, 20 steps", "local PCA, quantile stop")}
 
+BETWEEN = {"between two of one class": (7, 17), "between two classes": (7, 9)}  # by their numbers
+
 
 def classifier(name: str, seed: int, dataset: Dataset, files: dict[str, str]):
     """(model, what a record says of it): a given file, or one row of MODELS, trained once."""
@@ -125,13 +128,18 @@ def measure(part: str, dataset: Dataset, models: list[str], files: dict[str, str
 
 
 def pictures(part: str, dataset: Dataset, name: str, files: dict[str, str], out: Path) -> None:
-    """The first starts and results of some settings, one classifier with seed 0, for grids."""
+    """The first starts and results of some settings, and of chains between two local starts, of one
+    class and of two; one classifier with seed 0, for grids."""
     n = 100 if dataset.channels == 1 else 50  # colour takes room
     model, _ = classifier(name, 0, dataset, files)
     arrays = {}
     for setting in PICTURES[part]:
         s = generate(model, dataset, n, seed=0, **PARTS[part][setting])
         arrays |= {f"{setting}: x0 only": s.x0, setting: s.images, "labels": s.labels}
+    job = prepare(model, dataset, n=n, seed=0)
+    for word, pair in BETWEEN.items():
+        path = job.between(*pair)
+        arrays |= {f"{word}: x0 only": quantise(path.x0).cpu(), word: quantise(path.x).cpu()}
     out.mkdir(parents=True, exist_ok=True)
     arrays = {key: tensor.numpy() for key, tensor in arrays.items()}
     np.savez_compressed(out / "pictures.npz", **arrays)

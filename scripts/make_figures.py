@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -25,6 +26,7 @@ from derkit.data import SPECS  # noqa: E402
 from derkit.diagnosis.overfitting import co_alarms, summary  # noqa: E402
 from derkit.generation.sampler import sample  # noqa: E402
 from derkit.records import load_tested, records_folder, title  # noqa: E402
+from derkit.util import read_json  # noqa: E402
 
 ROWS = ("fgsm", "fgsm + der norm", "fgsm + der ball")
 CURVES = {  # file: suite, kind of overfitting, runs (co: the first seed of each, ro: all seeds)
@@ -38,6 +40,36 @@ GRIDS = {"fashion_mini": {"local": "local PCA, quantile stop",
                           "eccv24": "ECCV'24, eta 0.8, 20 steps"},
          "cifar10": {"noise": "noise, 60 steps", "blur": "PCA as published, 20 steps",
                      "local": "local PCA, tau .7, 20 steps"}}
+
+
+def hero(folder: Path, suite: str = "co_cifar10") -> None:
+    """Collapse and cure: accuracies and dE(x) of two runs on one axis, and in an inset the loss on
+    the way of the training attack at their end (scripts/attack_paths.py)."""
+    paths = read_json(records_folder() / "paths" / f"{suite}.json")["paths"]
+    words = ("FGSM training collapses: it looks better and better,\nand nothing withstands PGD",
+             "The same training with DER (norm):\nwhat it seems to reach, it has")
+    axes = plt.subplots(1, 2, figsize=(10.4, 4.1), sharey=True)[1]
+    for axis, label, text in zip(axes, ROWS, words, strict=False):
+        epochs, other = load_tested(suite)[label][0].epochs, axis.twinx()
+        at, lines = epochs["epoch"], {
+            "accuracy under FGSM, the training attack": (axis, "valid_fgsm", 0, "-"),
+            "accuracy under PGD": (axis, "valid_pgd", 1, "--"),
+            "mean dE(x) under PGD (right axis)": (other, "valid_pgd_dE", 3, ":")}
+        drawn = [place.plot(at, epochs[column], style, color=plots.COLORS[i], lw=2, label=name)[0]
+                 for name, (place, column, i, style) in lines.items()]
+        axis.set(title=text, xlabel="epoch", ylim=(-0.02, 1.02))
+        other.set(ylim=(-0.3, 15.3), ylabel="mean dE(x) = E(x) - E(x*)" * (axis is axes[1]))
+        other.grid(False)
+        inset, path = axis.inset_axes([0.1, 0.45, 0.26, 0.3]), paths[title(label)]
+        inset.plot(path["u"], np.subtract(path["ce"], path["ce"][0]), color="0.1")
+        inset.axhline(0, color="0.5", lw=0.8)
+        inset.set_title("loss from x to x*, last epoch", fontsize=7)
+        inset.set_xticks([0, 1], ["x", "x*"])
+        inset.tick_params(labelsize=7, pad=0)
+    axes[0].set_ylabel("accuracy, validation images")
+    axes[1].legend(handles=drawn, loc="upper right", fontsize=8)
+    plt.savefig(folder / "collapse_and_cure.png")
+    plt.close()
 
 
 def tested(suite: str) -> dict[str, list]:
@@ -85,6 +117,13 @@ def generation(folder: Path) -> None:
         with np.load(file, allow_pickle=False) as arrays:
             images = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         labels, names = images.pop("labels"), SPECS[dataset].classes
+        path = {name: images.pop(name) for name in [*images] if name.startswith("between")}
+        if path:
+            rows = ("two horses, starts", "results", "horse and truck, starts", "results ")
+            path = dict(zip(rows, path.values(), strict=True))
+            words = [f"{i}/8" for i in range(9)]
+            between = folder / f"generation_between_{dataset}.png"
+            plots.compare_sets(path, torch.arange(9), words, save=between)
         compared = folder / f"generation_compare_{dataset}.png"
         plots.compare_sets(images, labels, names, save=compared)
         for name, key in grids.items():
@@ -98,6 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=records_folder().parent)
     folder = parser.parse_args(argv).out
     plots.use_style()
+    hero(folder)
     training(folder)
     from_noise(folder)
     generation(folder)

@@ -60,6 +60,12 @@ def test_energies_against_the_record():
         assert [signs.iloc[0], signs.iloc[-1]] == [first, "+"]
 
 
+def test_the_first_figure_shows_what_its_caption_says():
+    paths = read_json(records_folder() / "paths" / "co_cifar10.json")["paths"]
+    fgsm, der = (np.diff(paths[name]["ce"]) for name in ("FGSM", "FGSM + DER (norm)"))
+    assert fgsm[0] > 0 > fgsm[-1] and fgsm.sum() < 0 < der.min()
+
+
 def test_generation_against_the_record():
     record = read_json(records_folder() / "generation_fashion_mini" / "recipe.json")
     key, rows = "local PCA, quantile stop", record["rows"]

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from derkit.config import AUTO
 from derkit.diagnosis.overfitting import alarm_summary, co_onset
 from derkit.generation.metrics import CEILING, FLOOR, X0, generation_summary, load_generation
 from derkit.records import Run, load_costs, load_records, load_tested, records_folder, title
@@ -44,6 +46,9 @@ def chosen(label: str, run: Run) -> str:
     options = (settings(train["eps"]) | RO_SETTINGS).get(label, [{}])
     words = []
     for name in (name for name in TUNED if name in options[0]):
+        if train[name] == AUTO:
+            words.append("published step")
+            continue
         scaled = train["eps"] if name == "alpha" else 1
         unit = " eps" if name == "alpha" else ""
         words.append(f"{SIGNS.get(name, name)} {train[name] / scaled:.4g}{unit}")
@@ -159,11 +164,11 @@ def distance(value: float) -> str:
     return f"{value:.{2 if value < 10 else 1}f}"
 
 
-def generation(folder: str) -> pd.DataFrame:
-    """Every recipe of a record of generation, its starts alone beside it: distances by every judge
+def generation(folder: str, parts: tuple[str, ...] = GENERATED) -> pd.DataFrame:
+    """Every recipe of records of generation, its starts alone beside it: distances by every judge
     (mean and range over seeds), and what tells variety from copying."""
     found = []
-    for record in (load_generation(part, folder) for part in GENERATED
+    for record in (load_generation(part, folder) for part in parts
                    if (records_folder() / folder / f"{part}.json").is_file()):
         means, every = generation_summary(record), pd.DataFrame(record["rows"])
         models = list(dict.fromkeys(means.index.get_level_values("model")))
@@ -195,7 +200,8 @@ def verdicts() -> pd.DataFrame:
 
 
 TABLES = dict(rows=rows, tuning=tuning, alarms=alarms, collapses=collapses, robust=robust,
-              energies=energies, generation=generation, claims=claims, verdicts=verdicts)
+              energies=energies, generation=generation, claims=claims, verdicts=verdicts,
+              curve=partial(generation, parts=("curve",)))
 BLOCK = re.compile(rf"(<!-- ({'|'.join(TABLES)}) ?([\w ]*) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 

@@ -24,6 +24,7 @@ from derkit.checkpoint import load_pretrained  # noqa: E402
 from derkit.config import GenerateConfig  # noqa: E402
 from derkit.data import SPECS  # noqa: E402
 from derkit.diagnosis.overfitting import co_alarms, summary  # noqa: E402
+from derkit.generation.metrics import FLOOR, generation_summary, load_generation  # noqa: E402
 from derkit.generation.sampler import sample  # noqa: E402
 from derkit.records import load_tested, records_folder, title  # noqa: E402
 from derkit.util import read_json  # noqa: E402
@@ -32,10 +33,12 @@ ROWS = ("fgsm", "fgsm + der norm", "fgsm + der ball")
 CURVES = {  # file: suite, kind of overfitting, runs (co: the first seed of each, ro: all seeds)
     "collapse_fashion_mini": ("co_fashion_mini", "co", ROWS),
     "collapse_cifar10": ("co_cifar10", "co", ROWS),
+    "collapse_preact": ("co_preact", "co", ("fgsm", "rs_fgsm", "rs_fgsm + der norm")),
     "ro_fashion_mini": ("ro_fashion_mini", "ro", ("pgd", "pgd + der norm", "trades")),
 }
 COLLAPSES = {"co_fashion_mini": "bundled images, eps 40/255", "co_cifar10": "CIFAR-10, eps 10/255",
-             "co_cifar100": "CIFAR-100, eps 10/255"}
+             "co_cifar100": "CIFAR-100, eps 10/255",
+             "co_preact": "CIFAR-10, PreActResNet-18, eps 16/255"}
 GRIDS = {"fashion_mini": {"local": "local PCA, quantile stop",
                           "eccv24": "ECCV'24, eta 0.8, 20 steps"},
          "cifar10": {"noise": "noise, 60 steps", "blur": "PCA as published, 20 steps",
@@ -107,6 +110,21 @@ def from_noise(folder: Path) -> None:
     plots.compare_sets(rows, labels, names, save=folder / "generation_from_noise_cifar10.png")
 
 
+def curve(folder: Path, dataset: str = "cifar10") -> None:
+    """Quality against variety: one dial at a time, from local PCA with k 32, tau 1, w 1."""
+    table = generation_summary(load_generation("curve", f"generation_{dataset}")).loc["L2"]
+    base = "tau=1.0"
+    dials = {"local PCA, tau": {f"tau={t}": str(t) for t in (0.4, 0.7, 1.0, 1.3)},
+             "local PCA, k": {"k=8": "8", base: "32", "k=128": "128"},
+             "guidance w": {"w=0.0": "0", base: "1", "w=3.0": "3", "w=10.0": "10"},
+             "fixed steps": {f"fixed {n}": str(n) for n in (1, 2, 4, 8, 16)},
+             "global PCA, scale": {f"PCA scale={s}": str(s) for s in (0.5, 0.7, 1.0)}}
+    curves = {name: table.loc[list(keys)].assign(setting=list(keys.values()))
+              for name, keys in dials.items()}
+    plots.trade_off(curves, "pairwise L2", "CFD", "setting", table.loc[FLOOR],
+                    save=folder / f"generation_curve_{dataset}.png")
+
+
 def generation(folder: Path) -> None:
     """Sample grids from the images that scripts/generation_ablation.py --pictures keeps."""
     for dataset, grids in GRIDS.items():
@@ -141,6 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     training(folder)
     from_noise(folder)
     generation(folder)
+    curve(folder)
     print(*sorted(path.name for path in folder.glob("*.png")), sep="\n")
 
 

@@ -22,19 +22,21 @@ def test_the_page_is_what_the_records_say():
 @pytest.mark.parametrize("suite", SUITES)
 def test_rows_against_the_final_records(suite):
     """One row by hand: mean, standard error and range over seeds of a JSON field."""
-    table, runs = results.rows(suite), load_records(suite)["n_fgsm"]
+    table, label = results.rows(suite), "rs_fgsm" if suite == "co_preact" else "n_fgsm"
+    runs = load_records(suite)[label]
     values = pd.Series([run.final["last"]["aa"] for run in runs])
-    row = table.loc["N-FGSM"]
+    row = table.loc[title(label)]
     found = [float(word.strip("[],")) for word in row["AutoAttack"].replace("±", "").split()]
     expected = [values.mean(), values.std() / len(values) ** 0.5, values.min(), values.max()]
-    assert found == pytest.approx(expected, abs=6e-4)
+    assert len(found) == (4 if len(runs) > 1 else 1)
+    assert found == pytest.approx(expected[: len(found)], abs=6e-4)
     assert {run.final["last"]["aa_images"] for run in runs} == {200}
     assert row["collapsed"] == f"{sum(co_onset(run) is not None for run in runs)} of {len(runs)}"
     robust = [float(text.split()[0]) for text in table["AutoAttack"]]
     assert robust == sorted(robust, reverse=True)
 
 
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", [name for name in SUITES if name != "co_preact"])  # not tuned
 def test_the_chosen_setting_is_the_best_on_validation_images(suite):
     tried, rows = results.tuning(suite), results.rows(suite)
     for method, row in tried.iterrows():

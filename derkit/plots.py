@@ -53,10 +53,15 @@ def _finish(save: Save, axes: Sequence[plt.Axes] = (), size: int = 8) -> None:
 
 @contextmanager
 def _panels(save: Save, width: float, height: float, titles: Names = ("",), size: int = 8,
-            legends: int = 1, sharey: bool = False, **settings: Any) -> Iterator[np.ndarray]:
+            legends: int = 1, sharey: bool = False, across: int = 9,
+            **settings: Any) -> Iterator[np.ndarray]:
     """Axes with titles, side by side; settings, legends (on the first) and the end come last."""
-    shape = dict(figsize=(width * len(titles), height), squeeze=False, sharey=sharey)
-    axes = plt.subplots(1, len(titles), **shape)[1][0]
+    across, down = min(across, len(titles)), -(-len(titles) // across)
+    whole = (width * across, height * down)
+    axes = plt.subplots(down, across, figsize=whole, squeeze=False, sharey=sharey)[1].ravel()
+    for axis in axes[len(titles) :]:
+        axis.remove()
+    axes = axes[: len(titles)]
     yield axes
     for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, **settings)
@@ -75,14 +80,15 @@ def overfitting_curves(runs: Mapping[str, Any], kind: str = "co", save: Save = N
     """Accuracy and dE over epochs, a column per `Run` or per list of runs (their mean and range).
     Kind 'co' marks the onset of the first, 'ro' the best epoch."""
     parts, size = pick("kind", kind, CURVES), (4.6 * len(runs), 5.2)
+    names = list(dict.fromkeys(LABELS[c.removesuffix("_dE")] for part in parts for c in part))
     axes = plt.subplots(2, len(runs), sharex="col", sharey="row", squeeze=False, figsize=size)[1]
     for (top, bottom), (title, group) in zip(axes.T, runs.items(), strict=True):
         group = [group] if isinstance(group, Run) else group
         for axis, columns in zip((top, bottom), parts, strict=True):
-            for i, column in enumerate(columns):
+            for column in columns:
                 v, at = np.stack([run.epochs[column] for run in group]), group[0].epochs["epoch"]
                 label = LABELS[column.removesuffix("_dE")]
-                _line(axis, i, label, at, v.mean(0), v.min(0), v.max(0))
+                _line(axis, names.index(label), label, at, v.mean(0), v.min(0), v.max(0))
         mark, word = sum(run.epochs["valid_pgd"] for run in group).argmax() + 1, "best on valid"
         if kind == "co":
             mark, word = getattr(overfitting.co_onset(group[0]), "epoch", None), "CO onset"
@@ -93,15 +99,15 @@ def overfitting_curves(runs: Mapping[str, Any], kind: str = "co", save: Save = N
         bottom.axhline(0, color="0.4", lw=0.8)
         bottom.set(xlabel="epoch")
         top.set(title=title, ylim=(-0.02, 1.02))
-    axes[0, 0].set_ylabel("accuracy")
+    axes[0, 0].set_ylabel("accuracy, share")
     axes[1, 0].set_ylabel("mean dE(x) = E(x) - E(x*)")
     _finish(save, axes[:, 0], size=7)
 
 
 def signal_curves(run: Run, alarms: pd.DataFrame, save: Save = None) -> None:
     """The CO signals of a run; a solid line where one alarms, a dotted one at the onset."""
-    titles = alarms["signal"] + ": " + alarms["verdict"]
-    with _panels(save, 3.1, 2.7, titles, size=7, legends=len(titles), xlabel="epoch") as axes:
+    lead = alarms["lead"].map(lambda n: "no alarm" if pd.isna(n) else f"{n:+.0f} epochs")
+    with _panels(save, 2.4, 2.6, alarms["signal"] + ": " + lead, size=7, xlabel="epoch") as axes:
         for axis, row in zip(axes, alarms.itertuples(), strict=True):
             values = run.epochs[overfitting.SIGNALS[row.signal].column]
             axis.plot(run.epochs["epoch"], values, color="0.1", marker="o", ms=3)
@@ -109,40 +115,41 @@ def signal_curves(run: Run, alarms: pd.DataFrame, save: Save = None) -> None:
                 axis.axvline(row.alarm, color=COLORS[3], lw=1.6, label="alarm")
             if pd.notna(row.onset):
                 axis.axvline(row.onset, label="CO onset", **ONSET)
-        axes[0].set_ylabel("value")
+        axes[0].set_ylabel("value of the signal")
 
 
 def scoreboard(tables: Mapping[str, pd.DataFrame], save: Save = None) -> None:
     """Clean and AutoAttack accuracy of every row of result tables (`overfitting.summary`), a panel
     per data set, the most robust row on top; error bars: the range over seeds."""
     tables = {name: table.sort_values("aa") for name, table in tables.items()}
-    height = 1.2 + 0.36 * max(map(len, tables.values()))
-    with _panels(save, 5.2, height, list(tables), xlabel="accuracy, test images") as axes:
+    most, wide = max(map(len, tables.values())), dict(xlabel="accuracy, test images", xlim=(0, 0.9))
+    with _panels(save, 5.2, 1.2 + 0.36 * most, list(tables), across=2, **wide) as axes:
         for axis, table in zip(axes, tables.values(), strict=True):
             at = np.arange(len(table))
             for i, (name, word) in enumerate(dict(clean="clean", aa="AutoAttack").items()):
                 ends = table[[f"{name} min", f"{name} max"]].sub(table[name], axis=0).abs()
-                axis.barh(at + 0.2 - 0.4 * i, table[name], 0.4, xerr=ends.T, capsize=2, label=word,
-                          color=COLORS[i], hatch=["", "///"][i], edgecolor="0.2")
+                bars = axis.barh(at + 0.2 - 0.4 * i, table[name], 0.4, xerr=ends.T, capsize=2,
+                                 color=COLORS[i], hatch=["", "///"][i], edgecolor="0.2", label=word)
+            axis.bar_label(bars, fmt="%.3f", padding=3, fontsize=7)
             axis.set_yticks(at, [records.title(name) for name in table.index])
-            axis.set_ylim(-0.7, len(table) + 0.5)
+            axis.set_ylim(len(table) - most - 0.7, len(table) + 0.5)
         axes[0].legend(loc="upper right", ncols=2, fontsize=8)
 
 
 def alarm_leads(tables: Mapping[str, pd.DataFrame], save: Save = None) -> None:
     """Lead of each signal's alarm over the onset of CO, a point per collapsed run, and how often it
     was missed or false; ``tables``: `co_alarms` of many runs in one, a panel per data set."""
-    wide = dict(xlabel="lead over the onset, epochs (left of 0: too late)")
-    with _panels(save, 6.4, 3.2, list(tables), **wide) as axes:
+    wide = dict(xlabel="lead over the onset, epochs (left of 0: too late)", ylim=(-0.7, 4.7))
+    with _panels(save, 6.4, 2.9, list(tables), across=1, **wide) as axes:
         for axis, table in zip(axes, tables.values(), strict=True):
             for i, (_, rows) in enumerate(table.groupby("signal", sort=False)):
                 bad, good = rows[rows["onset"].notna()], rows[rows["onset"].isna()]
                 leads = np.sort(bad["lead"].dropna().to_numpy(float))
                 spots = i + np.linspace(-0.3, 0.3, max(len(leads), 1))[: len(leads)]
-                axis.plot(leads, spots, MARKERS[i], color=COLORS[i], ms=4)
+                axis.plot(leads, spots, MARKERS[i], color=COLORS[i], ms=5)
                 missed, false = bad["alarm"].isna().sum(), good["alarm"].notna().sum()
                 words = f"missed {missed} of {len(bad)}, false {false} of {len(good)}"
-                axis.annotate(words, (1.01, i), xycoords=("axes fraction", "data"), fontsize=7,
+                axis.annotate(words, (1.01, i), xycoords=("axes fraction", "data"), fontsize=9,
                               va="center")
             axis.set_yticks(range(table["signal"].nunique()), table["signal"].unique())
             axis.axvline(0, **ONSET)
@@ -150,35 +157,41 @@ def alarm_leads(tables: Mapping[str, pd.DataFrame], save: Save = None) -> None:
 
 def energy_map(panels: Mapping[str, landscape.AttackEnergies], save: Save = None) -> None:
     """(E(x), E(x, y)) of natural and adversarial samples; on the diagonal the loss is 0. Arrows
-    lead from x to x* for the first sixty."""
-    with _panels(save, 4.4, 3.8, list(panels), xlabel="E(x)", ylabel="E(x, y)") as axes:
+    lead from x to x* for the first forty."""
+    low = min(min(r.E.min(), r.E_adv.min()) for r in panels.values())
+    high = max(max(r.E.max(), r.E_adv.max()) for r in panels.values())
+    names = dict(xlabel="E(x)", ylabel="E(x, y)", sharey=True)
+    with _panels(save, 4.4, 3.8, list(panels), **names) as axes:
         for axis, r in zip(axes, panels.values(), strict=True):
-            axis.scatter(r.E, r.Ey, s=8, c="0.55", marker="o", label="natural", alpha=0.6, lw=0)
-            axis.plot(r.E_adv, r.Ey_adv, "x", c=COLORS[3], ms=3, mew=0.8, alpha=0.6, label=r.attack)
-            moves = [v[:60] for v in (r.E, r.Ey, r.E_adv - r.E, r.Ey_adv - r.Ey)]
-            axis.quiver(*moves, angles="xy", scale_units="xy", scale=1, width=0.003, alpha=0.5)
-            ends = [min(r.E.min(), r.E_adv.min()), max(r.E.max(), r.E_adv.max())]
-            axis.plot(ends, ends, color="0.1", lw=1, ls="--", label="CE = 0")
+            axis.plot([low, high], [low, high], color="0.1", lw=1, ls="--", label="CE = 0")
+            axis.scatter(r.E, r.Ey, s=8, c="0.65", marker="o", label="natural", lw=0)
+            axis.plot(r.E_adv, r.Ey_adv, "x", c=COLORS[3], ms=3, mew=0.8, alpha=0.5, label=r.attack)
+            moves = [v[:40] for v in (r.E, r.Ey, r.E_adv - r.E, r.Ey_adv - r.Ey)]
+            axis.quiver(*moves, angles="xy", scale_units="xy", scale=1, width=0.004, headwidth=5,
+                        zorder=3)
 
 
 def delta_by_strength(table: pd.DataFrame, save: Save = None) -> None:
-    """Mean dE(x) against eps, a panel per model; columns model, attack, eps, dE(x)."""
+    """Mean dE(x) against attack strength in units of eps, a panel per model; columns model, attack,
+    strength, dE(x)."""
     models, ylabel = table["model"].unique(), "mean dE(x)  (> 0: the attack lowers E(x))"
-    with _panels(save, 4.8, 3.4, models, xlabel="eps", ylabel=ylabel) as axes:
+    with _panels(save, 4.8, 3.4, models, xlabel="strength, in eps", ylabel=ylabel) as axes:
         for axis, model in zip(axes, models, strict=True):
             rows = table[table["model"] == model].groupby("attack", sort=False)
             for i, (attack, part) in enumerate(rows):
-                _line(axis, i, attack, part["eps"].to_numpy(), part["dE(x)"].to_numpy())
+                _line(axis, i, attack, part["strength"].to_numpy(), part["dE(x)"].to_numpy())
             axis.axhline(0, color="0.3", lw=0.8)
 
 
 def roc_curves(curves: Mapping[str, tuple], save: Save = None) -> None:
     """ROC of energy-based detectors: name -> `derkit.diagnosis.landscape.detection_roc`."""
-    labels = dict(xlabel="false positive rate", ylabel="true positive rate")
-    with _panels(save, 4.6, 4.2, **labels) as (axis,):
+    labels = dict(xlabel="share of natural images called adversarial",
+                  ylabel="share of attacked images found")
+    with _panels(save, 6.6, 4.2, **labels) as (axis,):
         for i, (name, (fpr, tpr, auc)) in enumerate(curves.items()):
             _line(axis, i, f"{name}: AUC {auc:.2f}", fpr, tpr)
         axis.plot([0, 1], [0, 1], color="0.5", lw=0.8)
+        axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
 
 
 def energy_paths(paths: Mapping[str, dict], key: str = "E", save: Save = None) -> None:
@@ -203,6 +216,11 @@ def filters(models: Mapping[str, nn.Module], save: Save = None) -> None:
         for axis, weight in zip(line, weights.double().cpu().numpy().mean(1), strict=False):
             most = abs(weight).max()
             axis.imshow(weight, cmap="RdBu_r", vmin=-most, vmax=most)
+            for (row, column), value in np.ndenumerate(weight):  # signs, for grey
+                if abs(value) > most / 4:
+                    word, strong = "+" if value > 0 else "\N{MINUS SIGN}", abs(value) > most / 2
+                    axis.text(column, row, word, color="white" if strong else "0.2", fontsize=8,
+                              ha="center", va="center")
             axis.set_xlabel(f"{abs(weight.sum()) / abs(weight).sum():.2f}", fontsize=7, labelpad=1)
     _finish(save)
 
@@ -284,13 +302,16 @@ def distributions(sets: Mapping[str, Any], xlabel: str, save: Save = None) -> No
 
 
 def trade_off(curves: dict, x: str, y: str, word: str, floor: pd.Series, save: Save = None) -> None:
-    """Columns y over x of tables, a line per dial, points named by a third; dashed: the floor."""
-    with _panels(save, 5.8, 4.0, xlabel=x, ylabel=y) as (axis,):
+    """Columns y (log) over x of tables, a line a dial, points named by a third; dashed: real x."""
+    with _panels(save, 6.4, 4.6, xlabel=x, ylabel=f"{y}, log scale") as (axis,):
+        axis.set_yscale("log")
         for i, (name, table) in enumerate(curves.items()):
             axis.plot(table[x], table[y], color=COLORS[i], marker=MARKERS[i], label=name, ms=5)
-            shift, side = [((5, 4), "left"), ((5, -9), "left"), ((-5, -9), "right")][i % 3]
+            shift, side = [((5, 4), "left"), ((-6, 4), "right"), ((-5, -9), "right")][i % 3]
             words = dict(textcoords="offset points", fontsize=7, ha=side, color=COLORS[i])
             for *place, text in table[[x, y, word]].itertuples(index=False):
                 axis.annotate(str(text), place, shift, **words)
-        axis.axvline(floor[x], color="0.3", ls="--", lw=1, label="real images")
-        axis.axhline(floor[y], color="0.3", ls="--", lw=1)
+        word = f"real images ({y} {floor[y]:.2f})"  # far below: a line there would take the room
+        axis.axvline(floor[x], color="0.3", ls="--", lw=1, label=word)
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.yaxis.set_major_formatter("{x:g}")

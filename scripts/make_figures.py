@@ -49,8 +49,8 @@ def hero(folder: Path, suite: str = "co_cifar10") -> None:
     """Collapse and cure: accuracies and dE(x) of two runs on one axis, and in an inset the loss on
     the way of the training attack at their end (scripts/attack_paths.py)."""
     paths = read_json(records_folder() / "paths" / f"{suite}.json")["paths"]
-    words = ("FGSM training collapses: it looks better and better,\nand nothing withstands PGD",
-             "The same training with DER (norm):\nwhat it seems to reach, it has")
+    words = ("FGSM training collapses: by its own attack\nit seems to improve, and PGD breaks it",
+             "The same training with DER (norm):\nthe two accuracies stay together")
     axes = plt.subplots(1, 2, figsize=(10.4, 4.1), sharey=True)[1]
     for axis, label, text in zip(axes, ROWS, words, strict=False):
         epochs, other = load_tested(suite)[label][0].epochs, axis.twinx()
@@ -61,14 +61,15 @@ def hero(folder: Path, suite: str = "co_cifar10") -> None:
         drawn = [place.plot(at, epochs[column], style, color=plots.COLORS[i], lw=2, label=name)[0]
                  for name, (place, column, i, style) in lines.items()]
         axis.set(title=text, xlabel="epoch", ylim=(-0.02, 1.02))
-        other.set(ylim=(-0.3, 15.3), ylabel="mean dE(x) = E(x) - E(x*)" * (axis is axes[1]))
+        other.set(ylim=(-0.3, 15.3), ylabel="mean dE(x) = E(x) - E(x*)")
         other.grid(False)
-        inset, path = axis.inset_axes([0.1, 0.45, 0.26, 0.3]), paths[title(label)]
+        inset, path = axis.inset_axes([0.1, 0.39, 0.26, 0.28]), paths[title(label)]
         inset.plot(path["u"], np.subtract(path["ce"], path["ce"][0]), color="0.1")
         inset.axhline(0, color="0.5", lw=0.8)
-        inset.set_title("loss from x to x*, last epoch", fontsize=7)
+        inset.set_title("change of the loss\nfrom x to x*, last epoch", fontsize=8)
+        inset.set_ylim(-1.6, 0.6)
         inset.set_xticks([0, 1], ["x", "x*"])
-        inset.tick_params(labelsize=7, pad=0)
+        inset.tick_params(labelsize=8, pad=0)
     axes[0].set_ylabel("accuracy, validation images")
     axes[1].legend(handles=drawn, loc="upper right", fontsize=8)
     plt.savefig(folder / "collapse_and_cure.png")
@@ -93,7 +94,10 @@ def training(folder: Path) -> None:
         plots.overfitting_curves(runs, kind, save=folder / f"{file}.png")
     groups = {name: tested(suite) for suite, name in COLLAPSES.items() if tested(suite)}
     tables = {name: summary(runs) for name, runs in groups.items()}
-    plots.scoreboard(tables, save=folder / "scoreboard.png")
+    for suite, name in COLLAPSES.items():
+        if name in tables:
+            table = {name: tables[name]}
+            plots.scoreboard(table, save=folder / f"scoreboard_{suite.removeprefix('co_')}.png")
     alarms = {name: pd.concat(co_alarms(run) for runs in group.values() for run in runs)
               for name, group in groups.items()}
     plots.alarm_leads(alarms, save=folder / "alarms.png")
@@ -111,13 +115,13 @@ def from_noise(folder: Path) -> None:
 
 
 def curve(folder: Path, dataset: str = "cifar10") -> None:
-    """Quality against variety: one dial at a time, from local PCA with k 32, tau 1, w 1."""
+    """Quality against variety: one dial at a time, from a base that is named once."""
     table = generation_summary(load_generation("curve", f"generation_{dataset}")).loc["L2"]
     base = "tau=1.0"
-    dials = {"local PCA, tau": {f"tau={t}": str(t) for t in (0.4, 0.7, 1.0, 1.3)},
-             "local PCA, k": {"k=8": "8", base: "32", "k=128": "128"},
-             "guidance w": {"w=0.0": "0", base: "1", "w=3.0": "3", "w=10.0": "10"},
-             "fixed steps": {f"fixed {n}": str(n) for n in (1, 2, 4, 8, 16)},
+    dials = {"local PCA, tau": {"tau=0.4": "0.4", "tau=0.7": "0.7", base: "", "tau=1.3": "1.3"},
+             "local PCA, k": {"k=8": "8", base: "", "k=128": "128"},
+             "guidance w": {"w=0.0": "0", base: "tau 1, k 32, w 1", "w=10.0": "10"},
+             "fixed steps": {f"fixed {n}": str(n) for n in (1, 4, 8, 16)},
              "global PCA, scale": {f"PCA scale={s}": str(s) for s in (0.5, 0.7, 1.0)}}
     curves = {name: table.loc[list(keys)].assign(setting=list(keys.values()))
               for name, keys in dials.items()}

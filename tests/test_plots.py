@@ -33,7 +33,7 @@ attack = SimpleNamespace(attack="PGD", E=E, E_adv=E_adv, Ey=Ey, Ey_adv=Ey_adv)
 u = np.linspace(0, 1, 5)
 path = dict(u=u, E=rng.normal(size=(5, 4)), ce=rng.normal(size=(5, 4)))
 bars = pd.DataFrame({"clean": [0.8, 0.7], "clean min": 0.6, "clean max": 0.9, "pgd": 0.4}, NAMES)
-strength = [{"model": m, "attack": a, "eps": e, "dE(x)": e} for m in "mn" for a in "FP"
+strength = [{"model": m, "attack": a, "strength": e, "dE(x)": e} for m in "mn" for a in "FP"
             for e in (0.1, 0.2)]
 dial = pd.DataFrame({"recall": [0.1, 0.2], "CFD": [3.0, 2.0], "tau": ["0", "1"]})
 

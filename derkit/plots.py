@@ -99,7 +99,7 @@ def overfitting_curves(runs: Mapping[str, Any], kind: str = "co", save: Save = N
         bottom.axhline(0, color="0.4", lw=0.8)
         bottom.set(xlabel="epoch")
         top.set(title=title, ylim=(-0.02, 1.02))
-    axes[0, 0].set_ylabel("accuracy, share")
+    axes[0, 0].set_ylabel("accuracy" + ", share" * (kind == "co"))
     axes[1, 0].set_ylabel("mean dE(x) = E(x) - E(x*)")
     _finish(save, axes[:, 0], size=7)
 

@@ -260,11 +260,20 @@ def counts(table: pd.DataFrame) -> dict[str, int]:
     return table["verdict"].value_counts().reindex(VERDICTS, fill_value=0).to_dict()
 
 
-def by_claim(table: pd.DataFrame) -> pd.DataFrame:
-    """The scorecard in short: counts of the verdicts by suite and claim, over all its runs."""
-    rows = [dict(suite=suite, claim=claim, **counts(part))
-            for (suite, claim), part in table.groupby(["suite", "claim"], sort=False)]
-    return pd.DataFrame(rows, columns=["suite", "claim", *VERDICTS])
+def duels(names: Sequence[str] = (), metric: str = "aa") -> pd.DataFrame:
+    """What claims compare in a metric, most gained on top: who, than whom, the seeds' differences,
+    their mean, and two standard errors. Comparisons with fewer than two seeds are left out."""
+    rows = []
+    for name in names or SUITES:
+        records, labels = Records(name), [e.label for e in SUITES[name].experiments]
+        pairs = [(label, rival) for claim in CLAIMS.get(name, []) if claim.metric == metric
+                 for label in labels if fnmatchcase(label, claim.pattern) for rival in claim.than]
+        for label, rival in dict.fromkeys(pairs):
+            gains = records.values(label, metric) - records.values(rival, metric)
+            gains = gains[np.isfinite(gains)]
+            rows.append((name, label, rival, gains, gains.mean(), 2 * gains.sem()))
+    table = pd.DataFrame(rows, columns=["suite", "run", "than", "seeds", "gain", "bar"])
+    return table.dropna().sort_values("gain", ascending=False, ignore_index=True)
 
 
 def main(names: Sequence[str]) -> int:

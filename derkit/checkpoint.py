@@ -42,13 +42,13 @@ def save_checkpoint(path: str | os.PathLike, model: nn.Module,
     atomic_write(Path(path), save(state, metadata))
 
 
-def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict[str, Any]:
+def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """The checkpoint as a dict: spec, variant, config, state, sha256 and what `info` held.
     Raises CheckpointError for a missing, truncated, foreign or forged file."""
     if not Path(path).is_file():
         raise CheckpointError(f"checkpoint {path} does not exist.")
     try:
-        with safetensors.safe_open(path, "pt", device=str(device)) as file:
+        with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
@@ -67,18 +67,15 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
 
 
 def load_model(path: str | os.PathLike, *, classes: int | None = None,
-               model: nn.Module | None = None, device: str | torch.device = "cpu",
-               variant: str | None = None) -> nn.Module:
+               model: nn.Module | None = None, device: str | torch.device = "cpu") -> nn.Module:
     """The model of a checkpoint, in eval mode and in the precision of its weights.
 
-    classes: if given, the number that the data has. variant: if given, the one that the caller
-    needs (`models.describe`), or CheckpointError. model: the module to fill, for custom ones."""
+    classes: if given, the number that the data has, or CheckpointError. model: the module to fill,
+    for custom ones."""
     content = load_checkpoint(path)
     spec, found, given = content["spec"], content["variant"], getattr(model, "spec", None)
     if classes is not None and spec.get("classes", classes) != classes:
         raise CheckpointError(f"{path} has {spec['classes']} classes, the data has {classes}.")
-    if variant not in (None, found):
-        raise CheckpointError(f"{path} holds {found}, but {variant} was asked for.")
     if spec["name"] == "custom" and model is None:
         raise CheckpointError(f"{path} holds a custom module: pass model=YourModule().")
     floats = [t.dtype for t in content["state"].values() if t.is_floating_point()]

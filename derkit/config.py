@@ -55,7 +55,7 @@ def option(default: Any, help: str) -> Any:
 
 
 class Config(pydantic.BaseModel):
-    """Frozen, checked values; the base of `TrainConfig` and `GenerateConfig`."""
+    """Frozen, checked values, given as such or as text; base of `TrainConfig`, `GenerateConfig`."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -96,11 +96,6 @@ class Config(pydantic.BaseModel):
         return DerkitError(f"{name} must be {need.partition(',')[0]}{auto}, found {found!r}.")
 
     @classmethod
-    def make(cls, **overrides: Any) -> Self:
-        """A config from values or text. Raises DerkitError, with the nearest valid name."""
-        return cls(**overrides)
-
-    @classmethod
     def read(cls, record: dict[str, Any]) -> Self:
         """The config in a record; other values of retired fields are ignored, with a warning."""
         if not isinstance(record, dict):
@@ -112,7 +107,7 @@ class Config(pydantic.BaseModel):
         return cls(**kept)
 
     def change(self, **overrides: Any) -> Self:
-        """A copy with some fields changed, checked like `make`."""
+        """A copy with some fields changed, checked as those of a new one."""
         return type(self)(**(self.as_dict() | overrides))
 
     as_dict = pydantic.BaseModel.model_dump  # a plain dict that JSON can hold
@@ -182,7 +177,7 @@ class TrainConfig(Config):
     judge_best: Annotated[bool, ASIDE] = option(True, "the best epoch gets all of these, too")
     stop_on_co: bool = option(False, "stop at the catastrophic-overfitting alarm")
     seed: Count = option(0, "seed of everything random")
-    device: Annotated[str, ASIDE] = option(AUTO, "auto, cpu, cuda, cuda:1, mps")
+    device: Annotated[str, ASIDE] = option(AUTO, "auto, cpu, cuda, cuda:1")
     precision: Precision = option(AUTO, "auto: bf16 where a GPU has it, else fp32")
     channels_last: Annotated[bool, ASIDE] = option(True, "memory format of images and weights")
     compile: Annotated[bool, ASIDE] = option(False, "torch.compile the model (not: gradalign)")

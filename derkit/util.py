@@ -158,8 +158,8 @@ def choose_device(name: str = AUTO) -> torch.device:
         raise DerkitError(f"device {name!r} is one device for {count} processes. Use device=auto "
                           "(each takes a GPU of its own), cuda or cpu.")
     try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
+        return torch.empty(1, device=name, dtype=torch.float64).device  # mps has no float64
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = f"device {name!r} is not usable here ({str(error).splitlines()[0]})."
         raise DerkitError(f"{reason} Use device=auto or cpu.") from error
 

@@ -45,7 +45,7 @@ def make(name: str, folder: str = "") -> None:
     measured = dict(
         clean=evaluation.accuracy(evaluation.predict(model, test), test.labels),
         pgd=evaluation.robust_accuracy(model, test, config.eps, norm=config.norm),
-        strong=evaluation.strong_accuracy(model, test, config.eps, steps=50, norm=config.norm))
+        strong=evaluation.strong_accuracy(model, test, config.eps, norm=config.norm))
     words = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in values.items())
     about = dict(data=f"{data.name}, {len(data.train)} images", eps=round(config.eps, 6),
                  command=f"derkit train {words}", images=len(test))

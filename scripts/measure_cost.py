@@ -33,7 +33,7 @@ def stepper(config: TrainConfig, data: Dataset) -> Callable[[], float]:
 
     def step() -> float:
         began = time.process_time()
-        loss, _ = train_step(model, x, y, *parts, make_generator("cpu", 0))
+        loss, _ = train_step(model, x, y, *parts, make_generator("cpu", 0), awp=config.awp)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

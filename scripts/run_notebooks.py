@@ -44,7 +44,8 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    folder = ROOT / "notebooks"
+    for path in [*sorted(folder.glob("*.ipynb")), *sorted(folder.glob("solutions/*.ipynb"))]:
         if not path.name.startswith(tuple(options.names)):
             continue
         with tempfile.TemporaryDirectory() as home:

@@ -40,7 +40,7 @@ def test_text_becomes_typed():
     assert (c.epochs, c.seed, c.download, c.final_bn, c.lr) == (10, 3, False, True, 1e-3)
     assert (c.eps, c.alpha, c.weight, c.data_dir) == (8 / 255, 2 / 255, 2.0, "/x")
     assert type(c.epochs) is int and type(c.seed) is int and c.train_size == 2**53 + 1
-    assert make(data_dir=None).data_dir == "" and GenerateConfig.make(classes=3).classes == "3"
+    assert make(data_dir=None).data_dir == "" and GenerateConfig(classes=3).classes == "3"
 
 
 BAD = dict(
@@ -66,7 +66,7 @@ def test_a_bad_value_is_one_clear_error(name, value):
     (make, dict(regularizer="DER"), "^unknown regularizer 'DER'. Did you mean 'der'"),
     (make, dict(metod="fgsm"), "^unknown parameter 'metod'. Did you mean 'method'"),
     (make, dict(preset="rice2002"), "^unknown preset 'rice2002'. Did you mean 'rice2020'"),
-    (make().change, dict(sed=1), "'seed'"), (GenerateConfig.make, dict(inti="pca"), "'init'")])
+    (make().change, dict(sed=1), "'seed'"), (GenerateConfig, dict(inti="pca"), "'init'")])
 def test_the_nearest_name_is_offered(call, values, message):
     with pytest.raises(DerkitError, match=message):
         call(**values)
@@ -146,7 +146,7 @@ def test_generation_values():
     assert GenerateConfig(init="pca", retained="0.8").kept == 0.8
     for name, bad in dict(low=0.7, high=1.5, retained=0, p_min=1, k=1, precision="fp16").items():
         with pytest.raises(DerkitError, match=name):
-            GenerateConfig.make(**{name: bad})
+            GenerateConfig(**{name: bad})
 
 
 def test_class_numbers():

@@ -141,11 +141,6 @@ def test_pickled_data_sets(tmp_path, canary, no_network):
                 load_dataset(name, root, download=download)
 
 
-def objects(canary):
-    """An array that only a pickle can hold."""
-    return np.array([Bait(canary)], dtype=object)
-
-
 def test_class_folders(tmp_path, canary, home):
     """A pickle planted as the cache of decoded images is not read; a bomb takes no memory."""
     for path in ("train/a/1.png", "train/a/2.png", "test/a/1.png"):
@@ -170,7 +165,7 @@ def test_samples(net, mini, tmp_path, canary):
     model = net()
     whole = generate(model, mini, **job).images
     (path,) = (tmp_path / "out").glob("part_*.npz")
-    np.savez(path, **dict(np.load(path)) | {"images": objects(canary)})
+    np.savez(path, **dict(np.load(path)) | {"images": np.array([Bait(canary)], dtype=object)})
     with pytest.raises(DerkitError, match="part_00000.npz is missing or damaged"):
         load_samples(tmp_path / "out")
     assert torch.equal(generate(model, mini, **job).images, whole)

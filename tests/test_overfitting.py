@@ -56,6 +56,17 @@ def test_runs_without_an_onset(tmp_path):
     assert overfitting.co_onset(make_run(tmp_path, **curves)) is None
 
 
+def test_epochs_that_were_not_evaluated_hide_nothing(tmp_path):
+    """`eval_from`: their accuracies are not there; of the others, those of the whole run hold."""
+    late = {k: [None] * 8 * (k in ("pgd", "fgsm")) + list(v)[8 * (k in ("pgd", "fgsm")) :]
+            for k, v in collapsed(12).items()}
+    run = make_run(tmp_path, **late, final=dict(best=dict(pgd=0.3), last=dict(pgd=0.0)))
+    assert overfitting.co_onset(run).epoch == 12
+    r = overfitting.robust_overfitting(run)
+    assert r.best_epoch == 11 and r.best > 0.25 and r.last == 0 and r.gap == r.best
+    assert not should_stop(run.epochs.iloc[:8].drop(columns="valid_pgd").to_dict("records"))
+
+
 def test_alarms_lead_and_false_alarms(tmp_path):
     table = overfitting.co_alarms(make_run(tmp_path, **collapsed(12))).set_index("signal")
     assert tuple(table.loc["AAE share"]) == (11, 12, 1, "ahead")

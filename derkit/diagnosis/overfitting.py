@@ -52,7 +52,8 @@ def should_stop(rows: list[dict]) -> bool:
     """The CO alarm of `TrainConfig.stop_on_co`: the AAE share, or dE(x) without single steps."""
     epochs = pd.DataFrame(rows)
     name = "AAE share" if epochs["train_aae"].notna().any() else "dE(x)"
-    return SIGNALS[name].column in epochs and first_alarm(epochs, name) is not None  # eval_from
+    evaluated = {SIGNALS[name].column, "valid_pgd"} <= {*epochs}  # `eval_from` may lie ahead
+    return evaluated and first_alarm(epochs, name) is not None
 
 
 class Onset(NamedTuple):
@@ -74,14 +75,14 @@ def co_onset(run: Run, share: float = 0.5) -> Onset | None:
     smooth = run.epochs[["valid_pgd", "valid_fgsm", "train_acc"]].astype(float)
     smooth = smooth.rolling(3, min_periods=1, center=True).mean()
     pgd, fgsm, train = smooth.to_numpy().T
-    reference = np.maximum(np.maximum.accumulate(pgd), train / 2)
+    reference = np.fmax(np.fmax.accumulate(pgd), train / 2)  # fmax: NaN before `eval_from`
     low = (pgd < share * reference) & ((fgsm > 1.5 * pgd) | (train > 2 * pgd))
     low &= reference > 0.15  # below this nothing has been learnt, and a fall means nothing
     hits = [i for i in np.flatnonzero(low) if low[i:].mean() >= 0.75]
     if not hits:
         return None
     epoch = int(hits[0]) + 1
-    return Onset(epoch, float(pgd[:epoch].max()), float(pgd[epoch - 1]))
+    return Onset(epoch, float(np.nanmax(pgd[:epoch])), float(pgd[epoch - 1]))
 
 
 def co_alarms(run: Run) -> pd.DataFrame:
@@ -130,10 +131,10 @@ class RobustOverfitting(NamedTuple):
 
 def robust_overfitting(run: Run, tail: int = 5, margin: float = 0.01) -> RobustOverfitting:
     """RO gap and onset, one fixed attack, the best epoch chosen on validation images, not test."""
-    valid, probe = (run.epochs[c].to_numpy(float) for c in ("valid_pgd", "probe_pgd"))
+    valid, probe = (run.epochs[c].astype(float) for c in ("valid_pgd", "probe_pgd"))
     best, last = int(valid.argmax()), float(valid[-tail:].mean())
-    smooth = pd.Series(valid).rolling(tail, min_periods=1, center=True).mean().to_numpy()
-    below = smooth < smooth.max() - margin
+    smooth = valid.rolling(tail, min_periods=1, center=True).mean()
+    below = np.array(smooth < smooth.max() - margin)
     below[: int(smooth.argmax()) + 1] = False
     above = np.flatnonzero(~below)
     onset = int(above[-1]) + 2 if below[-1] else None  # the final unbroken stretch begins

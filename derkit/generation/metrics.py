@@ -41,11 +41,15 @@ def distances(found: Features, real: Features, columns: Sequence[str]) -> dict[s
     isc, fid, kid = (package(f"torch_fidelity.metric_{name}") for name in ("isc", "fid", "kid"))
     options = protocol(len(found[0]), len(real[0])) | dict(verbose=False)
     (mine, near), (theirs, known) = of_set(found[0]), _of_reference(real[0])
-    apart = torch.cdist(found[0], real[0])
+    precise, covered = [], torch.zeros(len(real[0]), dtype=torch.bool)
+    for part, radius in zip(found[0].split(1000), near.split(1000), strict=True):
+        apart = torch.cdist(part, real[0])
+        precise.append((apart <= known).any(1))
+        covered |= (apart <= radius[:, None]).any(0)
     values = (isc.isc_features_to_metric(found[1], options["isc_splits"])[isc.KEY_METRIC_ISC_MEAN],
               fid.fid_statistics_to_metric(mine, theirs, verbose=False)[fid.KEY_METRIC_FID],
               kid.kid_features_to_metric(found[0], real[0], **options)[kid.KEY_METRIC_KID_MEAN],
-              *((apart <= r).any(d).double().mean() for r, d in ((known, 1), (near[:, None], 0))))
+              torch.cat(precise).double().mean(), covered.double().mean())
     return dict(zip(columns, map(float, values), strict=True))
 
 
@@ -163,8 +167,9 @@ def generation_summary(record: dict[str, Any]) -> pd.DataFrame:
     """Mean over seeds by (model, images), the number of seeds, and the range of CFD."""
     groups = pd.DataFrame(record["rows"]).groupby(["model", "images"], sort=False)
     means = groups.mean(numeric_only=True).drop(columns="seed")
-    spread = groups["CFD"].agg(["min", "max"]).add_prefix("CFD ")
-    return means.join(spread).assign(seeds=groups["seed"].nunique())
+    if "CFD" in means:  # not where others judged alone
+        means = means.join(groups["CFD"].agg(["min", "max"]).add_prefix("CFD "))
+    return means.assign(seeds=groups["seed"].nunique())
 
 
 def init_by_stop(record: dict[str, Any], model: str, column: str = "CFD") -> pd.DataFrame:

@@ -16,7 +16,7 @@ from torch.backends import cudnn
 from derkit.attacks import attack_mode, input_gradient
 from derkit.checkpoint import state_hash
 from derkit.config import GenerateConfig
-from derkit.data import Dataset
+from derkit.data import Dataset, Split
 from derkit.diagnosis.evaluation import predict
 from derkit.energy import cross_entropy, joint_energy, marginal_energy, upcast
 from derkit.generation.starts import sample_noise
@@ -38,20 +38,24 @@ class Reference:
 
 
 def reference_energies(model: nn.Module, dataset: Dataset, split: str = "train") -> Reference:
-    """`Reference` of a model on a split, cached under the hashes of both: one forward pass in eval
-    mode. Raises DerkitError where model and data do not fit, or the logits are not finite."""
+    """`Reference` of a model on a split: one forward pass in eval mode, cached under the hashes of
+    both and the model's first logits (weights alone do not say what a module does with them).
+    Raises DerkitError where model and data do not fit, or the logits are not finite."""
     part, classes, name = getattr(dataset, split), len(dataset.classes), dataset.name
     device, shape = part.images.device, tuple(part.images.shape[1:])
     channels = (getattr(model, "spec", None) or {}).get("channels", shape[0])
     if channels != shape[0]:  # a normaliser of 3 channels would quietly make 3 out of 1
         raise DerkitError(f"the model takes {channels} channels, {name} has {shape[0]}.")
 
-    def measure() -> tuple[Tensor, Tensor]:
+    def logits_of(some: Split) -> Tensor:
         try:
-            logits = predict(model, part).double()
+            return predict(model, some).double()
         except RuntimeError as error:
             raise DerkitError(f"the model does not take the images of {name}, {shape} on {device}: "
                               f"{str(error).splitlines()[0]}") from error  # fmt: skip
+
+    def measure() -> tuple[Tensor, Tensor]:
+        logits = logits_of(part)
         if logits.shape[1] != classes:
             raise DerkitError(f"the model has {logits.shape[1]} classes, {name} has {classes}: a "
                               "checkpoint of another data set?")  # fmt: skip
@@ -61,7 +65,8 @@ def reference_energies(model: nn.Module, dataset: Dataset, split: str = "train")
         found = [joint[right & (part.labels == c)].sort().values for c in range(classes)]
         return torch.cat(found), torch.tensor([0, *map(len, found)]).cumsum(0)
 
-    key = state_hash(model.state_dict()), dataset.sha256, split, device.type
+    seen = logits_of(part.take(slice(16))).round(decimals=2)  # threads round otherwise
+    key = state_hash(model.state_dict() | {"seen": seen}), dataset.sha256, split, device.type
     tensors = cached("energies", key, measure)
     return Reference(*(t.to(device) for t in tensors))
 

@@ -252,7 +252,7 @@ def train(config: TrainConfig, dataset: Dataset | None = None, *, model: nn.Modu
     result (``resume=False``: starts anew). Raises DerkitError for bad input before any work and for
     files that cannot be written (what is there stays), FloatingPointError for a loss or weights
     that are not finite."""
-    with util.processes():
+    with util.processes(), torch.random.fork_rng(devices=[]):
         say = print if verbose and util.rank() == 0 else (lambda text: None)
         config, dataset, env = util.in_turn(partial(_prepare, config, dataset, model))
         device, signature = dataset.train.images.device, signature_of(model)
@@ -355,9 +355,7 @@ def _fit(folder: Path, state: State, dataset: Dataset, say) -> None:
         stop = alarm and should_stop(state.rows)
     if stop:
         say(f"stopped after epoch {state.epoch}: catastrophic-overfitting alarm")
-    with util.disk_errors(folder):
-        if util.rank() == 0:
-            _save_weights(folder / "final.safetensors", state)
+    util.first(partial(_save_weights, folder / "final.safetensors", state))
 
 
 def _close_epoch(folder: Path, state: State, dataset: Dataset, record: dict) -> dict[str, Any]:
@@ -382,7 +380,8 @@ def _close_epoch(folder: Path, state: State, dataset: Dataset, record: dict) -> 
 
 
 def _save_weights(path: Path, state: State) -> None:
-    save_checkpoint(path, state.judged, state.config.as_dict(), epoch=state.epoch)
+    with util.disk_errors(path):
+        save_checkpoint(path, state.judged, state.config.as_dict(), epoch=state.epoch)
 
 
 def _finish(folder: Path, dataset: Dataset, config: TrainConfig, model, say) -> None:

@@ -10,8 +10,8 @@ from derkit.attacks import attack_mode, noise_in_ball
 from derkit.config import TrainConfig
 from derkit.data import Dataset, Split
 from derkit.diagnosis import evaluation
-from derkit.training.objectives import Objective
-from derkit.util import make_generator
+from derkit.training.objectives import ELLE, Objective
+from derkit.util import AUTO, make_generator
 
 
 def _accuracies(model: nn.Module, split: Split, config: TrainConfig,
@@ -20,7 +20,7 @@ def _accuracies(model: nn.Module, split: Split, config: TrainConfig,
     weak = evaluation.fgsm_attack(config.eps, config.norm)
     hard = evaluation.pgd_attack(config.eps, steps, norm=config.norm)
     logits = dict(clean=evaluation.predict(model, split))
-    logits |= {name: evaluation.attack_split(model, split, attack)[1]
+    logits |= {name: evaluation.attack_split(model, split, attack)
                for name, attack in (("fgsm", weak), ("pgd", hard))}
     record = {name: evaluation.accuracy(f, split.labels) for name, f in logits.items()}
     return record, logits["clean"], logits["pgd"]
@@ -39,15 +39,16 @@ def _probe_signals(model: nn.Module, probe: Split, config: TrainConfig, whole: b
     """Energies of the training attack on the probe; with ``whole`` cosines and E_lin."""
     x, y = next(evaluation.float_batches(probe, model, len(probe)))
     rng = make_generator(x.device, "probe", 0)
-    method = "fgsm" if config.method == "standard" else config.method
-    objective = Objective(config.change(attack_bn="eval", method=method))
+    other = dict(method="fgsm", alpha=AUTO) if config.method == "standard" else {}
+    objective = Objective(config.change(attack_bn="eval", **other))
     x_adv, start, logits = objective.attack(model, x, y, rng)
     with torch.no_grad(), attack_mode(model, "eval"):
         record = evaluation.energy_summary(model(x), model(x_adv), y, logits)
     record = {f"probe_{name}": value for name, value in record.items()}
     if whole:
-        near = x + noise_in_ball(x, config.eps, config.norm, rng)
-        lin = evaluation.elle_linearity(model, x, y, config.eps, rng, config.norm)
+        near, elle = x + noise_in_ball(x, config.eps, config.norm, rng), ELLE(config)
+        with torch.no_grad(), attack_mode(model, "eval"):
+            lin = elle({name: model(z) for name, z in elle.points(x, x_adv, rng).items()}, y)
         found = dict(cos=evaluation.gradient_cosine(model, x, near, y), E_lin=lin)
         found["align"] = evaluation.gradient_cosine(model, x if start is None else start, x_adv, y)
         record |= {name: values.mean().item() for name, values in found.items()}
@@ -91,7 +92,7 @@ def final_evaluation(model: nn.Module, dataset: Dataset, config: TrainConfig,
         summary = evaluation.energy_summary(natural, hard, test.labels)
         out |= {name: summary[name] for name in ("dE", "dEy", "aae")}
     if part := parts.get("strong_images"):
-        strong = evaluation.strong_accuracy(model, part, eps, steps=50, norm=norm)
+        strong = evaluation.strong_accuracy(model, part, eps, norm=norm)
         out |= dict(strong=strong, strong_images=len(part))
     if part := parts.get("pgd50_images"):
         value = evaluation.pgd50_accuracy(model, part, eps, norm=norm)

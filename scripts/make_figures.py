@@ -33,7 +33,7 @@ ROWS = ("fgsm", "fgsm + der norm", "fgsm + der ball")
 CURVES = {  # file: suite, kind of overfitting, runs (co: the first seed of each, ro: all seeds)
     "collapse_fashion_mini": ("co_fashion_mini", "co", ROWS),
     "collapse_cifar10": ("co_cifar10", "co", ROWS),
-    "collapse_preact": ("co_preact", "co", ("fgsm", "rs_fgsm", "rs_fgsm + der norm")),
+    "collapse_preact": ("co_preact", "co", ("fgsm", "rs_fgsm", "rs_fgsm + der norm", "n_fgsm")),
     "ro_fashion_mini": ("ro_fashion_mini", "ro", ("pgd", "pgd + der norm", "trades")),
 }
 COLLAPSES = {"co_fashion_mini": "bundled images, eps 40/255", "co_cifar10": "CIFAR-10, eps 10/255",

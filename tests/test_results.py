@@ -22,7 +22,7 @@ def test_the_page_is_what_the_records_say():
 @pytest.mark.parametrize("suite", SUITES)
 def test_rows_against_the_final_records(suite):
     """One row by hand: mean, standard error and range over seeds of a JSON field."""
-    table, label = results.rows(suite), "rs_fgsm" if suite == "co_preact" else "n_fgsm"
+    table, label = results.rows(suite), "n_fgsm"
     runs = load_records(suite)[label]
     values = pd.Series([run.final["last"]["aa"] for run in runs])
     row = table.loc[title(label)]

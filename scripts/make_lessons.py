@@ -20,7 +20,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 LESSONS = {  # notebook: the question it answers, which of its figures (from 0) is the thumbnail
     "00_from_scratch": ("What are the energies of a classifier, and what is an attack? By hand, on "
-                        "images of two pixels.", 1),
+                        "images of two pixels.", 2),
     "01_energy_views": ("What does an attack do to an image, and to its energy? Can one detect it "
                         "by that?", 0),
     "02_co_ro_diagnosis": ("What do catastrophic and robust overfitting look like, and which alarm "

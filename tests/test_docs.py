@@ -29,6 +29,14 @@ def test_headlines_of_the_readme_are_those_of_the_tables():
     assert len(quoted) > 5 and set(quoted) <= known
 
 
+def test_what_is_to_be_cited():
+    """The papers of the README's last section are those of CITATION.cff, which names this version."""
+    citation, text = (ROOT / "CITATION.cff").read_text(), (ROOT / "README.md").read_text()
+    papers = re.findall(r"arXiv (\d{4}\.\d{5})", text[text.index("## Citing") :])
+    assert papers[:2] == re.findall(r"arxiv.org/abs/(\S+)\"", citation)
+    assert f"version: {derkit.__version__}\n" in citation
+
+
 def test_library_example_of_the_readme_runs(monkeypatch, capsys):
     """As printed, on a run of one epoch and few images."""
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]

@@ -30,7 +30,7 @@ def test_headlines_of_the_readme_are_those_of_the_tables():
 
 
 def test_what_is_to_be_cited():
-    """The papers of the README's last section are those of CITATION.cff, which names this version."""
+    """The papers of the README are those of CITATION.cff, which names this version."""
     citation, text = (ROOT / "CITATION.cff").read_text(), (ROOT / "README.md").read_text()
     papers = re.findall(r"arXiv (\d{4}\.\d{5})", text[text.index("## Citing") :])
     assert papers[:2] == re.findall(r"arxiv.org/abs/(\S+)\"", citation)

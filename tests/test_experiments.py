@@ -236,6 +236,7 @@ def test_verdicts_on_records(toy, card):
     assert table["ours"][0] == "0.460 [0.440, 0.480]" and table["published"][0] == "0.46"
     assert table["source"].tolist() == ["somebody 2020", "goal", "goal", "goal"]
     assert claims.counts(table) == {"not run": 0, "FAIL": 0, "TIE": 1, "PASS": 3}
+    assert claims.duels(["toy"]).empty, "one seed in common is no comparison"
     put(toy["fgsm-s1"], COLLAPSED, best=0.5, aa=0.30)
     assert card()["verdict"].tolist() == ["FAIL", "FAIL", "TIE", "FAIL"]
     put(toy["fgsm-s1"], config=toy["fgsm-s1"].config.change(epochs=2), aa=0.48)
@@ -247,6 +248,10 @@ def test_verdicts_on_records(toy, card):
 
 @pytest.mark.filterwarnings("ignore:retired fields")
 def test_claims_on_the_committed_records(capsys):
+    duels = claims.duels(["co_preact"]).set_index(["run", "than"])
+    row = duels.loc[("rs_fgsm + der norm", "n_fgsm")]
+    assert [*row["seeds"]] == pytest.approx([0.0, -0.01]) and row["bar"] == pytest.approx(0.01)
+    assert row["gain"] == pytest.approx(-0.005) and duels["gain"].is_monotonic_decreasing
     table = claims.scorecard()
     assert set(table["suite"]) == set(claims.CLAIMS)
     assert table["verdict"].isin(claims.VERDICTS).all()

@@ -91,8 +91,10 @@ def test_lessons_of_the_readme():
     text = (ROOT / "README.md").read_text()
     assert make_lessons.render(text) == text and len(text.splitlines()) <= 120
     names = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
-    seconds = read_json(records_folder() / "notebook_times.json")["notebooks"]
-    assert [*make_lessons.LESSONS] == names == [*seconds]
+    found = read_json(records_folder() / "notebook_times.json")
+    assert [*make_lessons.LESSONS] == names == [*found["notebooks"]]
+    for stated in ("{environment_gb:.0f} GB", "{test_command_minutes} minutes"):
+        assert f"about {stated.format(**found)}" in text
     assert all((ROOT / "figures" / "lessons" / f"{name}.png").is_file() for name in names)
     badge = make_lessons.table("https://github.com/some/where")
     address = "https://colab.research.google.com/github/some/where/blob/main/notebooks/"

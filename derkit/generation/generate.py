@@ -255,7 +255,7 @@ def _begin(job: Job, folder: Path, fresh: bool) -> None:
             file.unlink(missing_ok=True)
     manifest, new = read_json(path) or job.manifest, job.config.as_dict() | job.manifest
     old = GenerateConfig.read(manifest.get("config")).as_dict() | manifest
-    keys = {*job.config.as_dict(), "model_sha256", "data_sha256"} - {"batch_size"}
+    keys = {*job.config.as_dict(), "model", "model_sha256", "data_sha256"} - {"batch_size"}
     different = [f"{key}: {str(old.get(key))[:12]} there, {str(new[key])[:12]} here"
                  for key in sorted(keys) if old.get(key) != new[key]]  # fmt: skip
     if different:

@@ -79,7 +79,8 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
     | {f"k={k}": dict(k=k) for k in (8, 128)} | {f"w={w}": dict(w=w) for w in (0.0, 3.0, 10.0)}
     | {f"fixed {n}": dict(stop="fixed", steps=n) for n in (1, 2, 4, 8, 16)}
     | {f"PCA scale={s}": dict(init="pca", scale=s) for s in (0.5, 0.7, 1.0)}
-    | {"target 0-0.5": dict(low=0.0, high=0.5)},
+    | {"target 0-0.5": dict(low=0.0, high=0.5), "fixed 3": dict(stop="fixed", steps=3),
+       "tau=1.3 w=10.0": dict(tau=1.3, w=10.0)},  # samples are kept by position: new ones go last
 }
 JUDGES = {"own": extractor_for, "lite0": lambda dataset: lite0(),
           "inception": lambda dataset: inception()}
@@ -127,7 +128,7 @@ def measure(part: str, dataset: Dataset, models: list[str], files: dict[str, str
     return record | lists
 
 
-def pictures(part: str, dataset: Dataset, name: str, files: dict[str, str], out: Path) -> None:
+def pictures(part: str, dataset: Dataset, name: str, files: dict[str, str], file: Path) -> None:
     """The first starts and results of some settings, and of chains between two local starts, of one
     class and of two; one classifier with seed 0, for grids."""
     n = 100 if dataset.channels == 1 else 50  # colour takes room
@@ -140,9 +141,9 @@ def pictures(part: str, dataset: Dataset, name: str, files: dict[str, str], out:
     for word, pair in BETWEEN.items():
         path = job.between(*pair)
         arrays |= {f"{word}: x0 only": quantise(path.x0).cpu(), word: quantise(path.x).cpu()}
-    out.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     arrays = {key: tensor.numpy() for key, tensor in arrays.items()}
-    np.savez_compressed(out / "pictures.npz", **arrays)
+    np.savez_compressed(file, **arrays)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -161,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="default: figures/records/generation_<dataset>")
     parser.add_argument("--keep", type=Path, default=home() / "generation",
                         help="where samples lie, so that an interrupted run goes on")
-    parser.add_argument("--suffix", default="", help="added to the file's name, for other models")
+    parser.add_argument("--suffix", default="", help="added to the names of files, for other models")
     parser.add_argument("--pictures", action="store_true", help="keep images of three settings")
     options = parser.parse_args(argv)
     files = dict(pair.split("=", 1) for pair in options.checkpoint)
@@ -174,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     parts = [part for part in options.parts.split(",") if part]
     if options.pictures:
         part = "cifar10" if dataset.name == "cifar10" else "recipe"
-        pictures(part, dataset, models[0], files, out)
+        pictures(part, dataset, models[0], files, out / f"pictures{options.suffix}.npz")
     for part in parts:
         record = measure(part, dataset, models, files, options.seeds, options.n, options.reference,
                          judges, options.keep)

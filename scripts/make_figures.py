@@ -129,6 +129,21 @@ def curve(folder: Path, dataset: str = "cifar10") -> None:
                     save=folder / f"generation_curve_{dataset}.png")
 
 
+def two_classifiers(folder: Path, dataset: str = "cifar10") -> None:
+    """The same starts, moved by a robust classifier and by a standard one."""
+    found = {}
+    for name, suffix in (("robust", ""), ("standard", "_standard")):
+        file = records_folder() / f"generation_{dataset}" / f"pictures{suffix}.npz"
+        with np.load(file, allow_pickle=False) as arrays:
+            found[name] = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+    rows, labels = {}, found["robust"]["labels"]
+    for word, key in (("noise", "noise, 60 steps"), ("local", "local PCA, tau .7, 20 steps")):
+        rows[f"{word}: start"] = found["robust"][f"{key}: x0 only"]
+        rows |= {f"{word}: {name}": images[key] for name, images in found.items()}
+    plots.compare_sets(rows, labels, SPECS[dataset].classes,
+                       save=folder / f"generation_two_classifiers_{dataset}.png")
+
+
 def generation(folder: Path) -> None:
     """Sample grids from the images that scripts/generation_ablation.py --pictures keeps."""
     for dataset, grids in GRIDS.items():
@@ -163,6 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     training(folder)
     from_noise(folder)
     generation(folder)
+    two_classifiers(folder)
     curve(folder)
     print(*sorted(path.name for path in folder.glob("*.png")), sep="\n")
 

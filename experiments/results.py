@@ -27,7 +27,7 @@ from experiments.suites import RO_SETTINGS, SUITES, TUNED, settings
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
 SIGNS = dict(weight="lambda")
-GENERATED = ("recipe", "cifar10")  # parts of scripts/generation_ablation.py that are shown
+GENERATED = ("recipe", "cifar10", "cifar10_standard")  # parts of generation_ablation.py
 COLUMNS = ("agreement", "recall", "pairwise L2", "nearest-train L2", "near copies")
 
 
@@ -172,7 +172,7 @@ def generation(folder: str, parts: tuple[str, ...] = GENERATED) -> pd.DataFrame:
                    if (records_folder() / folder / f"{part}.json").is_file()):
         means, every = generation_summary(record), pd.DataFrame(record["rows"])
         models = list(dict.fromkeys(means.index.get_level_values("model")))
-        real = [(models[0], FLOOR), (models[0], CEILING)]  # the same for all classifiers
+        real = [(models[0], FLOOR), (models[0], CEILING)] * (not found)  # the same for all
         for model, key in [*real, *product(models, record["settings"])]:
             row = means.loc[model].loc[key]
             start = means.loc[model].loc[key if (model, key) in real else key + X0]
@@ -184,7 +184,7 @@ def generation(folder: str, parts: tuple[str, ...] = GENERATED) -> pd.DataFrame:
                           judge: distance(values.mean()) + ends * (len(values) > 1)}
             cells |= {name: f"{row[name]:.2f}" for name in COLUMNS}
             found.append(cells | {"steps": f"{row['steps']:.1f}".replace("nan", "-")})
-    return pd.DataFrame(found).set_index("classifier")
+    return pd.DataFrame(found).fillna("-").set_index("classifier")
 
 
 def claims(*suites: str) -> pd.DataFrame:

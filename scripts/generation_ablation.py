@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="default: figures/records/generation_<dataset>")
     parser.add_argument("--keep", type=Path, default=home() / "generation",
                         help="where samples lie, so that an interrupted run goes on")
-    parser.add_argument("--suffix", default="", help="added to the names of files, for other models")
+    parser.add_argument("--suffix", default="", help="added to names of files, for other models")
     parser.add_argument("--pictures", action="store_true", help="keep images of three settings")
     options = parser.parse_args(argv)
     files = dict(pair.split("=", 1) for pair in options.checkpoint)

@@ -149,7 +149,7 @@ class TrainConfig(Config):
     regularizer: Regularizer = option("none", "added to the method's loss")
     variant: Variant = option("norm", "DER: which energies are smoothed, and where")
     mask: Literal["auto", "abnormal", "all"] = option(AUTO, "DER; auto: abnormal for norm only")
-    gamma: Amount = option(0.0, "DER norm: the distance that costs nothing (published: 0 or 0.2)")
+    gamma: Amount = option(0.0, "DER norm: the distance that costs nothing (reported: 0 or 0.2)")
     weight: Amount | Auto = option(AUTO, "lambda; auto: norm 0.5, other DER 8, elle 50, aaer 1")
     start: Share = option(0.0, "share of training from which the regulariser acts")
     warmup: Share = option(0.0, "share after it in which lambda rises from 0 (der, elle)")

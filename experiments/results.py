@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from derkit.config import AUTO
+from derkit.config import AUTO, TrainConfig
 from derkit.diagnosis.overfitting import alarm_summary, co_onset
 from derkit.generation.metrics import CEILING, FLOOR, X0, generation_summary, load_generation
 from derkit.records import Run, load_costs, load_records, load_tested, records_folder, title
@@ -46,12 +46,13 @@ def chosen(label: str, run: Run) -> str:
     options = (settings(train["eps"]) | RO_SETTINGS).get(label, [{}])
     words = []
     for name in (name for name in TUNED if name in options[0]):
-        if train[name] == AUTO:
+        value = TrainConfig.read(train).strength if name == "weight" else train[name]
+        if value == AUTO:
             words.append("published step")
             continue
         scaled = train["eps"] if name == "alpha" else 1
         unit = " eps" if name == "alpha" else ""
-        words.append(f"{SIGNS.get(name, name)} {train[name] / scaled:.4g}{unit}")
+        words.append(f"{SIGNS.get(name, name)} {value / scaled:.4g}{unit}")
     return ", ".join(words) or "-"
 
 

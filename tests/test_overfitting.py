@@ -43,16 +43,16 @@ def collapsed(at=12, n=20):
 
 
 def test_onset_epoch_and_step(tmp_path):
-    onset = overfitting.co_onset(make_run(tmp_path, **collapsed(12)))
+    onset = overfitting.co_onset(run := make_run(tmp_path, **collapsed(12)))
     assert onset.epoch == 12 and onset.after < onset.peak / 2
+    write_json(run.folder / "config.json", dict(train=dict(method="standard")))
+    assert overfitting.co_onset(Run(run.folder)) is None  # it had nothing to lose
 
 
 def test_runs_without_an_onset(tmp_path):
     """A healthy one, and one in which everything falls together (it diverges)."""
     assert overfitting.co_onset(make_run(tmp_path, **HEALTHY, name="healthy")) is None
-    curves = {k: list(v) for k, v in HEALTHY.items()}
-    for key in ("pgd", "fgsm", "train"):
-        curves[key][10:] = [0.1] * 10
+    curves = {k: v if k == "aae" else v[:10] + [0.1] * 10 for k, v in HEALTHY.items()}
     assert overfitting.co_onset(make_run(tmp_path, **curves)) is None
 
 

@@ -79,7 +79,7 @@ def co_onset(run: Run, share: float = 0.5) -> Onset | None:
     low = (pgd < share * reference) & ((fgsm > 1.5 * pgd) | (train > 2 * pgd))
     low &= reference > 0.15  # below this nothing has been learnt, and a fall means nothing
     hits = [i for i in np.flatnonzero(low) if low[i:].mean() >= 0.75]
-    if not hits:
+    if not hits or run.config["train"]["method"] == "standard":  # that had nothing to lose
         return None
     epoch = int(hits[0]) + 1
     return Onset(epoch, float(np.nanmax(pgd[:epoch])), float(pgd[epoch - 1]))

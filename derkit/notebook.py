@@ -22,6 +22,7 @@ from derkit.util import AUTO, DerkitError, choose_device, choose_precision, unkn
 
 KINDS = {"int": (int, "a whole number"), "float": (float, "a number"), "str": (str, "text"),
          "bool": (bool, "True or False")}  # fmt: skip
+HEADERS = dict(fgsm="FGSM", pgd="PGD", pgd50="PGD-50-10", aa="AutoAttack", dE="dE(x)")
 
 
 def add_repository() -> None:
@@ -146,6 +147,7 @@ def show(table: pd.DataFrame, digits: int = 3, title: str = "", live: bool = Fal
     """A table with fixed digits, in the style of the page. ``live``: of live results, see `say`."""
     from IPython.display import display
 
+    table = table.rename(columns=HEADERS)
     options = dict(index=False, float_format=f"{{:.{digits}f}}".format, na_rep="-")
     head = f"<p><b>{escape(title)}</b></p>" * bool(title)
     bundle = {"text/html": head + table.to_html(border=0, **options)}

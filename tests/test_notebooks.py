@@ -42,7 +42,7 @@ class TestStored:
         middle = 10 if path.stem == "00_from_scratch" else 8  # there everything is written out
         assert lines[-1] <= 22 and lines[len(lines) // 2] <= middle
         last = "\n".join(c.source for c in notebook.cells[-2:])
-        assert "Summary" in last and "Exercises" in last
+        assert all(word in last for word in ("Summary", "Exercises", "Hint", "Further reading"))
 
     def test_parameters_cell_is_what_papermill_reads(self, path, code):
         (cell,) = [c for c in code if "parameters" in c.metadata.get("tags", [])]

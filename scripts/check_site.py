@@ -32,7 +32,7 @@ def test_every_page(tmp_path, page):  # noqa: F811
         page.evaluate('document.querySelectorAll("details").forEach(node => node.open = true)')
         page.evaluate('document.querySelectorAll("img").forEach(node => node.loading = "eager")')
         page.wait_for_function('[...document.images].every(node => node.complete)', timeout=30_000)
-        assert page.evaluate("document.querySelector('main').innerText.length") > 100, path
+        assert page.evaluate("document.querySelector('main').innerText.length") > 50, path
         assert not page.evaluate(EMPTY) and not errors, (path, page.evaluate(EMPTY), errors)
         if folder:
             page.screenshot(path=Path(folder) / f"{path.stem}.png", full_page=True)

@@ -24,12 +24,12 @@ LESSONS = {  # notebook: the question it answers, which of its figures (from 0) 
     "01_energy_views": ("What does an attack do to an image, and to its energy? Can one detect it "
                         "by that?", 0),
     "02_co_ro_diagnosis": ("What do catastrophic and robust overfitting look like, and which alarm "
-                           "rings first?", 0),
+                           "rings first?", 1),
     "03_der_training": ("What does DER change, beside the methods that people would use instead?",
                         0),
     "04_pca_guided_generation": ("How does a robust classifier draw images, and how much of it is "
                                  "the start's doing?", 0),
-    "05_scorecard": ("What was claimed, what was measured, and what is still to be run?", 0)}
+    "05_scorecard": ("What was claimed, what was measured, and what is still to be run?", 1)}
 BLOCK = re.compile(r"(<!-- lessons -->\n).*?(?=<!-- end -->)", re.DOTALL)
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 

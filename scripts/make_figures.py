@@ -136,7 +136,6 @@ def two_classifiers(folder: Path, dataset: str = "cifar10") -> None:
         file = records_folder() / f"generation_{dataset}" / f"pictures{suffix}.npz"
         if not file.is_file():
             return print(f"skipped generation_two_classifiers_{dataset}.png: no {file.name}")
-
         with np.load(file, allow_pickle=False) as arrays:
             found[name] = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
     rows, labels = {}, found["robust"]["labels"]

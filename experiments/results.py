@@ -43,7 +43,7 @@ def cell(values: Sequence[float], spread: bool = False) -> str:
 def chosen(label: str, run: Run) -> str:
     """The settings that were tuned, in words: 'lambda 2'."""
     train = run.config["train"]
-    options = (settings(train["eps"]) | RO_SETTINGS).get(label, [{}])
+    options = (settings(train["eps"]) | RO_SETTINGS).get(label.removesuffix(", tuned"), [{}])
     words = []
     for name in (name for name in TUNED if name in options[0]):
         value = TrainConfig.read(train).strength if name == "weight" else train[name]

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from derkit.checkpoint import load_checkpoint, load_model
+from derkit.checkpoint import load_checkpoint, load_model, state_hash
 from derkit.config import TrainConfig
 from derkit.data import Dataset, load_dataset
 from derkit.generation.extractor import Extractor, extractor_for, inception, lite0
@@ -31,7 +31,7 @@ from derkit.generation.metrics import generation_summary, metrics_table
 from derkit.generation.sampler import quantise
 from derkit.records import records_folder
 from derkit.training.loop import train
-from derkit.util import choose_device, home, pick, write_json
+from derkit.util import choose_device, home, pick, read_json, write_json
 
 TRAINING = dict(width=16, precision="fp32", epochs=12, train_size=0, eps=0.1)
 SAT, RS_FGSM = dict(method="pgd", steps=5), dict(method="rs_fgsm")
@@ -105,14 +105,22 @@ def classifier(name: str, seed: int, dataset: Dataset, files: dict[str, str]):
     return run.model(device=device), dict(test=accuracies, training=run.config["train"])
 
 
-def measure(part: str, dataset: Dataset, models: list[str], files: dict[str, str], seeds: int,
-            n: int, reference: str, judges: list[Extractor], keep: Path) -> dict[str, Any]:
-    """All rows of a part, every model and seed. Samples are kept and found again."""
+def measure(file: Path, part: str, dataset: Dataset, models: list[str], files: dict[str, str],
+            seeds: int, n: int, reference: str, judges: list[Extractor], keep: Path) -> dict:
+    """The record ``file``: all rows of a part, every model and seed. Samples are kept and found
+    again, and so is what the file holds of the same settings, judges and classifiers."""
     settings = pick("part", part, PARTS)
     record: dict[str, Any] = dict(part=part, n=n, reference=reference, settings=settings)
     lists = {key: [] for key in ("protocols", "rows", "per_class", "chains")}
+    old, who = read_json(file) if file.is_file() else {}, [judge.sha256 for judge in judges]
+    if all(old.get(key) == value for key, value in record.items()) and all(
+            [judge["sha256"] for judge in told["judges"]] == who for told in old["protocols"]):
+        lists = {key: old[key] for key in lists}
+    done = [(told["model"], told["seed"], told["model_sha256"]) for told in lists["protocols"]]
     for name, seed in ((name, seed) for name in models for seed in range(seeds)):
         model, origin = classifier(name, seed, dataset, files)
+        if (name, seed, state_hash(model.state_dict())) in done:
+            continue
         began, tag = time.perf_counter(), dict(model=name, seed=seed)
         place = keep / dataset.name / f"{name}-s{seed}-{n}"
         sets = {key: generate(model, dataset, n, seed=seed, folder=place / part / f"{i:02d}",
@@ -124,6 +132,7 @@ def measure(part: str, dataset: Dataset, models: list[str], files: dict[str, str
         for key, rows in (("rows", table.overall), ("per_class", table.per_class)):
             lists[key] += [tag | row for row in rows.reset_index().to_dict("records")]
         lists["chains"] += [tag | dict(images=key) | s.statistics() for key, s in sets.items()]
+        write_json(file, record | lists)
         seconds = time.perf_counter() - began
         print(f"{part}, {name}, seed {seed}: {seconds:.0f} s", flush=True)
     return record | lists
@@ -178,9 +187,8 @@ def main(argv: list[str] | None = None) -> None:
         part = "cifar10" if dataset.name == "cifar10" else "recipe"
         pictures(part, dataset, models[0], files, out / f"pictures{options.suffix}.npz")
     for part in parts:
-        record = measure(part, dataset, models, files, options.seeds, options.n, options.reference,
-                         judges, options.keep)
-        write_json(out / f"{part}{options.suffix}.json", record)
+        record = measure(out / f"{part}{options.suffix}.json", part, dataset, models, files,
+                         options.seeds, options.n, options.reference, judges, options.keep)
         print(generation_summary(record).round(2).to_string(), flush=True)
 
 

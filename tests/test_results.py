@@ -32,8 +32,7 @@ def test_rows_against_the_final_records(suite):
     assert found == pytest.approx(expected[: len(found)], abs=6e-4)
     assert {run.final["last"]["aa_images"] for run in runs} == {200}
     assert row["collapsed"] == f"{sum(co_onset(run) is not None for run in runs)} of {len(runs)}"
-    robust = [float(text.split()[0]) for text in table["AutoAttack"]]
-    assert robust == sorted(robust, reverse=True)
+    assert table["AutoAttack"].str[:5].is_monotonic_decreasing  # all have three digits
 
 
 @pytest.mark.parametrize("suite", [name for name in SUITES if name != "co_preact"])  # not tuned

@@ -21,7 +21,7 @@ from derkit.diagnosis.overfitting import alarm_summary, co_onset
 from derkit.generation.metrics import CEILING, FLOOR, X0, generation_summary, load_generation
 from derkit.records import Run, load_costs, load_records, load_tested, records_folder, title
 from derkit.util import read_json
-from experiments.claims import counts, scorecard
+from experiments.claims import Records, compare, counts, scorecard
 from experiments.suites import RO_SETTINGS, SUITES, TUNED, settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,6 +77,22 @@ def rows(suite: str) -> pd.DataFrame:
             "cost": f"{costs[label]:.1f}", "order": last["aa"].mean()}
     table = pd.DataFrame.from_dict(found, orient="index").sort_values("order", ascending=False)
     return table.drop(columns="order").rename_axis("method")
+
+
+def ranking(*suites: str) -> pd.DataFrame:
+    """The rows of suites in one line each, by AutoAttack: ' = ' where a row ties with the next."""
+    found = {}
+    for suite in suites:
+        records = Records(suite)
+        values = {label: records.values(label, "aa").dropna() for label in load_tested(suite)}
+        order = sorted(values, key=lambda label: -values[label].mean())
+        found[suite] = text = []
+        for label, after in zip(order, [*order[1:], None], strict=True):
+            seeds = " (one seed)" * (len(values[label]) == 1)
+            tie = after and compare(values[label], values[after])[0] == "TIE"
+            text.append(f"{title(label)} {values[label].mean():.3f}{seeds}{' = ' if tie else ', '}")
+    lines = {suite: "".join(text).rstrip(", ") for suite, text in found.items()}
+    return pd.DataFrame({"best first": lines}).rename_axis("suite")
 
 
 def tuning(suite: str) -> pd.DataFrame:
@@ -200,9 +216,9 @@ def verdicts() -> pd.DataFrame:
     return pd.DataFrame([counts(scorecard())], index=["claims"])
 
 
-TABLES = dict(rows=rows, tuning=tuning, alarms=alarms, collapses=collapses, robust=robust,
-              energies=energies, generation=generation, claims=claims, verdicts=verdicts,
-              curve=partial(generation, parts=("curve",)))
+TABLES = dict(ranking=ranking, rows=rows, tuning=tuning, alarms=alarms, collapses=collapses,
+              robust=robust, energies=energies, generation=generation, claims=claims,
+              verdicts=verdicts, curve=partial(generation, parts=("curve",)))
 BLOCK = re.compile(rf"(<!-- ({'|'.join(TABLES)}) ?([\w ]*) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 

@@ -93,7 +93,7 @@ def test_lessons_of_the_readme():
     names = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
     found = read_json(records_folder() / "notebook_times.json")
     assert [*make_lessons.LESSONS] == names == [*found["notebooks"]]
-    for stated in ("{environment_gb:.0f} GB", "{test_command_minutes} minutes", "{row_minutes} min"):
+    for stated in ("{environment_gb:.0f} GB", "{test_command_minutes} min", "{row_minutes} min"):
         assert f"about {stated.format(**found)}" in text
     assert all((ROOT / "figures" / "lessons" / f"{name}.png").is_file() for name in names)
     badge = make_lessons.table("https://github.com/some/where")

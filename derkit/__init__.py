@@ -7,7 +7,7 @@ from derkit.checkpoint import load_checkpoint, load_model, load_pretrained, pret
 from derkit.checkpoint import save_checkpoint as save_checkpoint
 from derkit.config import GenerateConfig, TrainConfig, parse_eps
 from derkit.data import Dataset, Split, load_dataset
-from derkit.diagnosis.evaluation import autoattack, robust_accuracy, strong_accuracy
+from derkit.diagnosis.evaluation import autoattack_mask, robust_accuracy, strong_accuracy
 from derkit.diagnosis.overfitting import co_onset, robust_overfitting
 from derkit.energy import abnormal_mask, delta_energy, joint_energy, marginal_energy
 from derkit.energy import trades_decomposition as trades_decomposition

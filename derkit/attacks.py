@@ -75,6 +75,14 @@ def check_eps(eps: float, norm: str = "linf") -> float:
     return float(eps)
 
 
+def check_sizes(q: float = 0, **sizes: float | None) -> None:
+    """DerkitError unless each size (None: its default) is a number from 0 on, and q below 1."""
+    for name, value in (sizes | dict(q=q)).items():
+        high = 1 if name == "q" else math.inf
+        if value is not None and not (isinstance(value, int | float) and 0 <= value < high):
+            raise DerkitError(f"{name} must be a number in [0, {high}), found {value!r}.")
+
+
 @contextmanager
 def attack_mode(model: nn.Module, bn_mode: str = "eval") -> Iterator[None]:
     """Put the model into attack mode, and restore every module's mode and state afterwards. In
@@ -133,6 +141,7 @@ def _single_step(model: nn.Module, x: Tensor, y: Tensor, eps: float, step: float
     """x* of one signed step of size alpha, default ``step`` eps, from noise up to ``noise`` eps.
     The smallest share q of each gradient's entries is left out."""
     check_eps(eps)
+    check_sizes(q, alpha=alpha, k=noise)
     if check:
         check_batch(x, y, model)
     x = start = x.detach()
@@ -177,14 +186,14 @@ def zerograd(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, q: float = 0
 
 def choose_targets(logits: Tensor, y: Tensor, targets: Tensor | str, generator: Generator = None):
     """Target classes (B,): a given tensor, 'least_likely' by the logits, or 'random' wrong ones."""
+    k = logits.shape[1]
     if isinstance(targets, Tensor):
-        if targets.shape != y.shape or (targets == y).any():
-            raise DerkitError(f"targets must be {len(y)} classes that differ from the labels.")
+        if targets.shape != y.shape or ((targets == y) | (targets < 0) | (targets >= k)).any():
+            raise DerkitError(f"targets must be {len(y)} classes below {k} other than the labels.")
         return targets
     if targets == "least_likely":
         return upcast(logits).scatter(1, y.view(-1, 1), float("inf")).argmin(1)
     if targets == "random":
-        k = logits.shape[1]
         return (y + torch.randint(1, k, y.shape, generator=generator, device=y.device)) % k
     raise DerkitError(f"targets: 'least_likely', 'random' or a tensor of classes, not {targets!r}.")
 
@@ -235,6 +244,7 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: float | None 
     Returns x* (B, C, H, W) in [0, 1] and within eps of x. Raises DerkitError on bad arguments."""
     pick("attack loss", loss, LOSSES)
     check_eps(eps, norm)
+    check_sizes(alpha=alpha)
     if norm not in NORMS:
         raise DerkitError(f"norm must be one of {NORMS}, found {norm!r}.")
     if steps < 0 or restarts < 1:

@@ -199,6 +199,8 @@ class TrainConfig(Config):
             bad = f"q is a setting of zerograd, found q {self.q:g} with method {method!r}."
         if self.regularizer == "aaer" and method not in ("fgsm", "rs_fgsm", "n_fgsm", "zerograd"):
             bad = f"aaer is for single-step methods, found {method!r}."
+        if self.regularizer == "aaer" and (self.awp or self.bn_mode == "eval"):
+            bad = "aaer compares logits of one state of the network: set awp 0, attack_bn train."
         if method == "standard" and self.regularizer != "none":
             bad = f"{self.regularizer} needs adversarial examples; method 'standard' makes none."
         if bad:

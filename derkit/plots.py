@@ -22,6 +22,7 @@ from derkit.util import pick
 Save, Names = str | Path | bool | None, Sequence[str]
 COLORS = sns.color_palette("colorblind", 60)  # repeats itself, as the others do
 STYLES, MARKERS = ["-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1))] * 10, [*"os^DvX"] * 10
+SIDES = (5, 4, "left"), (-6, 4, "right"), (-5, -9, "right"), (0, 6, "center"), (-6, 4, "right")
 ONSET = dict(color="0.2", lw=1, ls=(0, (2, 2)))
 LABELS = dict(valid_fgsm="FGSM, valid", valid_pgd="PGD, valid", valid_clean="clean, valid",
               train_aae="share of AAEs, train", train_acc="training attack, train",
@@ -307,11 +308,10 @@ def trade_off(curves: dict, x: str, y: str, word: str, floor: pd.Series, save: S
         axis.set_yscale("log")
         for i, (name, table) in enumerate(curves.items()):
             axis.plot(table[x], table[y], color=COLORS[i], marker=MARKERS[i], label=name, ms=5)
-            shift, side = [((5, 4), "left"), ((-6, 4), "right"), ((-5, -9), "right")][i % 3]
+            *shift, side = SIDES[i % 5]
             words = dict(textcoords="offset points", fontsize=7, ha=side, color=COLORS[i])
             for *place, text in table[[x, y, word]].itertuples(index=False):
                 axis.annotate(str(text), place, shift, **words)
-        word = f"real images ({y} {floor[y]:.2f})"  # far below: a line there would take the room
-        axis.axvline(floor[x], color="0.3", ls="--", lw=1, label=word)
+        axis.axvline(floor[x], color="0.3", ls="--", label=f"real images ({y} {floor[y]:.2f})")
         axis.yaxis.set_minor_formatter("{x:g}")
         axis.yaxis.set_major_formatter("{x:g}")

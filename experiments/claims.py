@@ -32,15 +32,15 @@ Verdict = tuple[str, str]  # one of VERDICTS, and the numbers that ours were hel
 
 
 # ---------------------------------------------------------------------------------------- records
-def metric_of(run: Run, metric: str, epoch: str) -> float | None:
-    """A test metric of a run at its 'last' or 'best' epoch, None where it was not measured.
+def metric_of(run: Run, metric: str, epoch: str) -> float:
+    """A test metric of a run at its 'last' or 'best' epoch, NaN where it was not measured.
 
     'collapsed' is 0 or 1; 'gap' and 'strong gap' are the accuracies under PGD and the strong suite
     of the best epoch minus those of the last.
     """
     if metric == "collapsed":
         return float(co_onset(run) is not None)
-    best, last = (dict.fromkeys(METRICS) | run.final[name] for name in ("best", "last"))
+    best, last = (dict.fromkeys(METRICS, math.nan) | run.final[name] for name in ("best", "last"))
     if metric.endswith("gap"):
         name = "strong" if metric == "strong gap" else "pgd"
         return best[name] - last[name]
@@ -54,15 +54,13 @@ class Records:
         self.runs = planned(suite)
 
     def values(self, label: str, metric: str, epoch: str = "last") -> pd.Series:
-        """A metric by seed, of a label of this suite, or of another one: 'suite: label'.
+        """A metric by seed, of a label of this suite.
 
         NaN where there is no record with the suite's settings, -inf where the run diverged.
         """
-        other, _, name = label.rpartition(": ")
-        runs = planned(other) if other else self.runs
-        pick("label", name, {run.label: run for run in runs})
+        pick("label", label, {run.label: run for run in self.runs})
         out = pd.Series(dtype=float)
-        for run in (run for run in runs if run.label == name):
+        for run in (run for run in self.runs if run.label == label):
             record = run.finished(run.records)
             out[run.config.seed] = -math.inf if run.diverged else math.nan
             if record:

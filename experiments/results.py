@@ -89,15 +89,14 @@ def ranking(*suites: str) -> pd.DataFrame:
         found[suite] = text = []
         for label, after in zip(order, [*order[1:], None], strict=True):
             seeds = " (one seed)" * (len(values[label]) == 1)
-            tie = after and compare(values[label], values[after])[0] == "TIE"
+            tie = after and compare(values[label], values[after])[0] != "PASS"
             text.append(f"{title(label)} {values[label].mean():.3f}{seeds}{' = ' if tie else ', '}")
     lines = {suite: "".join(text).rstrip(", ") for suite, text in found.items()}
     return pd.DataFrame({"best first": lines}).rename_axis("suite")
 
 
 def tuning(suite: str) -> pd.DataFrame:
-    """Every setting that was tried: PGD-10 on validation images, mean of two seeds; the best in
-    bold."""
+    """Every setting that was tried: PGD accuracy on validation images; the best in bold."""
     tried: dict[str, dict[str, float]] = {}
     for label, runs in load_records(suite).items():
         row, _, values = label.partition(": ")

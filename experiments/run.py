@@ -19,9 +19,9 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle
 from typing import Any, Literal
 
 import submitit
@@ -35,7 +35,8 @@ from derkit.util import DerkitError, pick, read_json, write_json
 from experiments.suites import DIVERGED, Experiment, planned, resolve
 
 EVALUATIONS = {"autoattack": "autoattack_size", "pgd50": "pgd50_size"}
-KIND = ("dataset", "train_size", "model", "width", "method", "steps", "regularizer", "variant")
+KIND = ("dataset", "train_size", "model", "width", "method", "steps", "regularizer", "variant",
+        "awp", "ema")
 WEEK = 7 * 24 * 60  # minutes that submitit gives a run, unless timeout_min says otherwise
 Submit = Callable[[Experiment], submitit.Job]
 
@@ -135,9 +136,17 @@ def make_submit(options: Options, folder: str) -> Submit:
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     if gpus == [""]:
         gpus = [str(i) for i in range(torch.cuda.device_count())]
-    turns = cycle(gpus if gpus and options.cluster == "local" else [""])
-    return lambda run: executor.submit(work, run.config.as_dict(), str(run.folder),
-                                       options.threads, next(turns))
+    gpus, given = gpus if gpus and options.cluster == "local" else [""], []
+
+    def submit(run: Experiment) -> submitit.Job:
+        """On the GPU with the fewest of our jobs."""
+        busy = Counter(gpu for gpu, job in given if not job.done())
+        gpu = min(gpus, key=lambda name: busy[name])
+        job = executor.submit(work, run.config.as_dict(), str(run.folder), options.threads, gpu)
+        given.append((gpu, job))
+        return job
+
+    return submit
 
 
 def calibrate(runs: Sequence[Experiment]) -> None:

@@ -180,7 +180,8 @@ def tuned(preset: str, options: dict[str, list[dict[str, float]]], common: dict[
     looked at once. ``tuning``, ``judged``, ``fixed``: fields of the first, of the others, of rows.
     """
     swept = {row: values for row, values in options.items() if len(values) > 1}
-    tuning = common | dict(final_size=1, strong_size=0) | tuning
+    unseen = dict(final_size=1, strong_size=0, pgd50_size=0, autoattack_size=0)
+    tuning = common | unseen | tuning
     tune = partial(experiment, preset=preset, group="tune", seeds=tuning.pop("seeds"))
     test = partial(experiment, preset=preset, group="test", common=common | judged)
     fixed = fixed or {}
@@ -275,7 +276,8 @@ def cifar10() -> list[Experiment]:
     one = partial(experiment, preset="cifar10", common={})
     long = partial(experiment, preset="rice2020", common=dict(final_steps=10), group="C")
     once = partial(long, seeds=(0,))
-    swept = partial(one, group="B1", seeds=(0,), pgd50_size=0, autoattack_size=0)
+    swept = partial(one, group="B1", seeds=(0,), final_size=1, strong_size=0, pgd50_size=0,
+                    autoattack_size=0)
     radii = ("16/255", "12/255", "8/255")
     lambdas = {f"{m} + der ball": (2, 8, 32) for m in ("fgsm", "rs_fgsm")}
     lambdas |= {"fgsm + elle": (50, 500, 4000)}

@@ -4,7 +4,7 @@
     python scripts/check_colab.py --python python3.12 --notebook 01 --torch 2.11.0 --venv /tmp/colab
 
 A fresh venv gets what derkit needs of Colab's packages and a kernel, but not papermill, nbval,
-jupyterlab or derkit. The notebook, derkit/, experiments/ and the records are copied to an empty
+jupyterlab or derkit. The notebook, derkit/, experiments/ and figures/ are copied to an empty
 folder, all cells run there (by nbclient, from outside), and the PASS and FAIL lines must be those
 that the stored notebook holds.
 """
@@ -53,9 +53,9 @@ def make_venv(folder: Path, python: str, torch: str) -> Path:
 
 
 def run(path: Path, interpreter: Path, scratch: Path) -> nbformat.NotebookNode:
-    """The executed notebook; nothing but it, derkit/ and the records lies in its folder."""
+    """The executed notebook; nothing but it and those three folders lies where it runs."""
     content, kernel = scratch / "content", scratch / "jupyter" / "kernels" / "colab"
-    for part in ("derkit", "experiments", "figures/records"):
+    for part in ("derkit", "experiments", "figures"):
         shutil.copytree(ROOT / part, content / part,
                         ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copyfile(path, content / path.name)

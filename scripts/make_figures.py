@@ -121,7 +121,7 @@ def curve(folder: Path, dataset: str = "cifar10") -> None:
     dials = {"local PCA, tau": {"tau=0.4": "0.4", "tau=0.7": "0.7", base: "", "tau=1.3": "1.3"},
              "local PCA, k": {"k=8": "8", base: "", "k=128": "128"},
              "guidance w": {"w=0.0": "0", base: "tau 1, k 32, w 1", "w=10.0": "10"},
-             "fixed steps": {f"fixed {n}": str(n) for n in (1, 3, 4, 8, 16)},
+             "fixed steps": {f"fixed {n}": str(n) for n in (1, 4, 8, 16)},
              "global PCA, scale": {f"PCA scale={s}": str(s) for s in (0.5, 0.7, 1.0)}}
     curves = {name: table.loc[list(keys)].assign(setting=list(keys.values()))
               for name, keys in dials.items()}

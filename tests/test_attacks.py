@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from derkit import attacks
-from derkit.attacks import fgsm, n_fgsm, pgd, rs_fgsm
+from derkit.attacks import fgsm, n_fgsm, pgd, rs_fgsm, zerograd
 from derkit.energy import cross_entropy
 from derkit.util import DerkitError
 
@@ -155,7 +155,7 @@ def test_choice_of_targets(seeded):
     assert attacks.choose_targets(logits, y, "least_likely").tolist() == [2, 1]  # not the label
     many = attacks.choose_targets(torch.zeros(300, 3), grey(300)[1], "random", seeded())
     assert set(many.tolist()) == {1, 2}
-    with pytest.raises(DerkitError, match="differ from the labels"):
+    with pytest.raises(DerkitError, match="below 3 other than the labels"):
         attacks.choose_targets(logits, y, torch.tensor([1, 0]))
 
 
@@ -301,6 +301,13 @@ def test_bad_eps(attack, eps, trained, batch):
 def test_bad_option(options, message, trained, batch):
     with pytest.raises(DerkitError, match=message):
         pgd(trained, *batch, EPS, **options)
+
+
+@pytest.mark.parametrize("attack, name, value", [
+    (pgd, "alpha", -0.1), (fgsm, "alpha", "1/255"), (n_fgsm, "k", math.nan), (zerograd, "q", 1)])
+def test_bad_size(attack, name, value, trained, batch):
+    with pytest.raises(DerkitError, match=f"{name} must be a number in"):
+        attack(trained, *batch, EPS, **{name: value})
 
 
 def test_eps_may_exceed_1_in_l2(trained, batch, seeded):

@@ -81,6 +81,7 @@ def test_the_nearest_name_is_offered(call, values, message):
     (dict(method="rs_fgsm", k=3), "k is the noise of n_fgsm, found k 3 with method 'rs_fgsm'"),
     (dict(method="fgsm", q=0.5), "q is a setting of zerograd, found q 0.5 with method 'fgsm'"),
     (dict(method="pgd", regularizer="aaer"), "aaer is for single-step methods, found 'pgd'"),
+    (dict(method="fgsm", regularizer="aaer", awp=0.01), "aaer compares logits of one state"),
 ])
 def test_impossible_combinations(values, message):
     with pytest.raises(DerkitError, match=message):

@@ -27,9 +27,7 @@ def test_forms_by_hand(logits):
     expected = {
         "norm": (der.norm(nat, adv, y), (d**2 + dy**2).sqrt()),
         "gamma": (der.norm(nat, adv, y, gamma=2.0), ((d**2 + dy**2).sqrt() - 2).clamp_min(0)),
-        "marginal": (der.marginal(nat, adv), d.abs()),
-        "segment": (der.segment(nat, other), (E(nat) - E(other)).abs()),
-        "ball": (der.ball(nat, other), (E(nat) - E(other)).abs()),
+        "gap": (der.gap(nat, other), (E(nat) - E(other)).abs()),
     }
     for name, (found, by_hand) in expected.items():
         assert found.shape == (12,) and (found >= 0).all() and found.sum() > 0, name

@@ -80,10 +80,11 @@ def test_every_row_of_a_collapse_is_tuned_alike():
         assert set(counts.values()) == {tried}
         assert {one.seeds for one in tests.values()} == {(0, 1, 2)}
         assert {one.seeds for one in tunes} == {seeds}
-        assert {one.config.final_size for one in tunes} == {1} and not any(
-            one.config.strong_size + one.config.autoattack_size for one in tunes)
         assert {one.config.eval_size for one in found} == {1000}
         assert {one.config.autoattack_size for one in tests.values()} == {200}
+    sizes = ("final_size", "strong_size", "pgd50_size", "autoattack_size")
+    assert {tuple(getattr(one.config, size) for size in sizes) for suite in SUITES.values()
+            for one in suite.experiments if one.group in ("tune", "B1")} == {(1, 0, 0, 0)}
 
 
 def test_order_of_runs_and_overrides(toy):
@@ -219,7 +220,7 @@ def card(monkeypatch):
     """Verdicts of four claims on the toy suite."""
     made = [*claims.about("fgsm", "somebody 2020", 0.03, aa=0.46),
             claims.within("stands", "fgsm", "collapsed", 0, 0),
-            claims.better("stronger", "fgsm", "aa", "toy: der lambda 2"),
+            claims.better("stronger", "fgsm", "aa", "der lambda 2"),
             claims.within("gap", "fgsm", "gap", -1, 0.01)]
     monkeypatch.setattr(claims, "CLAIMS", {"toy": made})
     return lambda: claims.scorecard(["toy"])

@@ -1,6 +1,7 @@
 """Onset, alarms and robust overfitting: made-up records with known answers, and committed ones."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from derkit.diagnosis import overfitting
@@ -94,6 +95,9 @@ def test_stop_rule(tmp_path):
     assert should_stop(rows.iloc[:11].to_dict("records"))
     assert first_alarm(rows.iloc[:10], "AAE share") is None
     assert not should_stop([dict(train_aae=None)] * 9), "no epoch has been evaluated yet"
+    cos = np.repeat([0.9, 0.6, 0.8, 0.7, 0.9, 0.3], 2)
+    cos[1::2] = np.nan  # measured in every second epoch
+    assert first_alarm(pd.DataFrame(dict(cos=cos)), "gradient cosine") is None, "as noisy as before"
 
 
 def test_robust_overfitting_gap_and_onset(tmp_path):

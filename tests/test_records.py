@@ -127,11 +127,6 @@ def test_committed_records_are_read(name):
         assert {"clean", "pgd", "dE"} <= set(run.final["last"]) & set(records.METRICS)
 
 
-def test_costs():
-    costs = records.load_costs("co_fashion_mini")
-    assert costs["fgsm"] == 1 and costs["pgd-10"] > 2 and costs.name == "cost"
-
-
 def test_labels_and_order_of_records(tmp_path):
     """The suite's label, else method and regulariser; the suite's order, then seeds."""
     for i, config in enumerate((dict(order=2, label="late"), dict(order=1, seed=1),

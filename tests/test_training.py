@@ -354,15 +354,15 @@ def test_l2_reaches_the_evaluation(tiny, config, monkeypatch):
 
 def test_further_evaluation_of_a_finished_run(done, tiny, config, monkeypatch):
     """Nothing is trained, the rest of the record stays."""
-    def autoattack(model, split, eps, norm):
-        return dict(accuracy=len(split) / 10, package="port", version="1")
-
     monkeypatch.setattr(loop, "train_epoch", None)
-    monkeypatch.setattr(monitor.evaluation, "autoattack", autoattack)
+    one = lambda model, split, *_: torch.arange(len(split)) < 1  # noqa: E731
+    monkeypatch.setattr(monitor.evaluation, "autoattack_mask", one)
+    monkeypatch.setattr(monitor, "version", lambda name: "1")
     monkeypatch.setattr(monitor.evaluation, "find_spec", lambda name: name)
     c = config(strong_size=4, pgd50_size=1, autoattack_size=2)
     again = train(c, tiny, folder=done.folder)
-    expected = dict(pgd50_images=1, pgd50_alpha=0.025, aa=0.2, aa_images=2, aa_package="port 1")
+    expected = dict(pgd50_images=1, pgd50_alpha=0.025, aa=0.5, aa_images=2,
+                    aa_package="pyautoattack 1")
     for which in ("last", "best"):
         found, before = again.final[which], done.final[which]
         assert found == before | expected | dict(pgd50=found["pgd50"])

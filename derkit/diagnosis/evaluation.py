@@ -4,7 +4,6 @@ All attacks run with BatchNorm in eval mode, from an explicit generator, at the 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -153,15 +152,6 @@ def autoattack_mask(model: nn.Module, split: Split, eps: float, norm: str = "lin
             return torch.cat([forward(x).argmax(1) for x in adv.split(size)]) == split.labels
 
 
-def autoattack(model: nn.Module, split: Split, eps: float, norm: str = "linf",
-               seed: int = 0) -> dict:
-    """The record of `autoattack_mask`: accuracy (worst case per image), clean, and settings."""
-    robust = autoattack_mask(model, split, eps, norm, seed).double().mean().item()
-    clean = accuracy(predict(model, split), split.labels)
-    return dict(attack="AutoAttack standard", accuracy=robust, clean=clean, examples=len(split),
-        seed=seed, eps=eps, norm=norm, package="pyautoattack", version=version("pyautoattack"))
-
-
 def energy_summary(logits: Tensor, logits_adv: Tensor, labels: Tensor,
                    logits_start: Tensor | None = None) -> dict[str, float]:
     """Mean and quantiles of dE(x) and dE(x, y), mean E(x), E(x*), and the share of AAEs (which
@@ -183,4 +173,4 @@ def gradient_cosine(model: nn.Module, a: Tensor, b: Tensor, y: Tensor) -> Tensor
     with attacks.attack_mode(model, "eval"):
         a, b = (attacks.input_gradient(model, z, lambda f: energy.cross_entropy(f, y))[0]
                 for z in (a, b))
-    return nn.functional.cosine_similarity(a.flatten(1), b.flatten(1), dim=1)
+    return nn.functional.cosine_similarity(a.flatten(1), b.flatten(1), dim=1, eps=1e-20)

@@ -33,18 +33,17 @@ SIGNALS: dict[str, Signal] = {
 
 
 def first_alarm(epochs: pd.DataFrame, name: str, factor: float = 3.0, skip: int = 3) -> int | None:
-    """The epoch (from 1) at which a signal first alarms, or None. ``skip`` epochs build history."""
+    """The epoch (from 1) at which a signal first alarms, or None, after ``skip`` measured ones."""
     signal = SIGNALS[name]
-    values = epochs[signal.column].ffill().to_numpy(float)
+    measured = epochs[signal.column].dropna()
+    values = measured.to_numpy(float)
     for i in range(skip, len(values)):
-        past = values[:i][np.isfinite(values[:i])]
-        if len(past) < skip:
-            continue
+        past = values[:i]
         noise = 1.4826 * np.median(np.abs(np.diff(past))) / np.sqrt(2)  # whatever the drift
         middle = np.median(past)
         move = signal.direction * (values[i] - middle) or abs(values[i] - middle)
         if move > max(signal.margin * (middle if signal.relative else 1), factor * noise):
-            return i + 1
+            return int(measured.index[i]) + 1
     return None
 
 

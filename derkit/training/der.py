@@ -17,7 +17,7 @@ from torch import Tensor
 
 from derkit.attacks import noise_in_ball
 from derkit.config import TrainConfig
-from derkit.energy import abnormal_mask, delta_energy, marginal_energy
+from derkit.energy import abnormal_mask, delta_energy
 
 Logits = dict[str, Tensor]
 
@@ -29,19 +29,14 @@ def norm(nat: Tensor, adv: Tensor, y: Tensor, gamma: float = 0.0) -> Tensor:
     return ((square + 1e-12).sqrt() - gamma).clamp_min(0)
 
 
-def marginal(nat: Tensor, adv: Tensor) -> Tensor:
-    """|dE(x)|: the delta energy itself. Our own form."""
-    return delta_energy(nat, adv).abs()
+def gap(nat: Tensor, other: Tensor) -> Tensor:
+    """|E(x) - E(x')|: to x* (``marginal``), to a point on the way to it (``segment``), or to a
+    random one of the ball (``ball``, the attack not used). Our own forms."""
+    return delta_energy(nat, other).abs()
 
 
-def segment(nat: Tensor, mid: Tensor) -> Tensor:
-    """|E(x) - E(x_u)|: the marginal energy is smooth along the path of the attack. Our own form."""
-    return (marginal_energy(nat) - marginal_energy(mid)).abs()
-
-
-def ball(nat: Tensor, near: Tensor) -> Tensor:
-    """|E(x) - E(x + r)|: smooth in random directions, the attack not used. Our own form."""
-    return (marginal_energy(nat) - marginal_energy(near)).abs()
+marginal = segment = ball = gap
+OTHER = dict(marginal="adv", segment="mid", ball="near")  # the point x' of each
 
 
 class DER:
@@ -68,9 +63,7 @@ class DER:
         nat, form = logits["nat"], self.config.variant
         if form == "norm":
             return norm(nat, logits["adv"], y, self.config.gamma)
-        if form == "marginal":
-            return marginal(nat, logits["adv"])
-        return segment(nat, logits["mid"]) if form == "segment" else ball(nat, logits["near"])
+        return gap(nat, logits[OTHER[form]])
 
     def __call__(self, logits: Logits, y: Tensor) -> Tensor:
         """Mean over the batch or, with a mask, over its abnormal examples (0 without any)."""

@@ -106,7 +106,8 @@ def train_step(model: nn.Module, x: Tensor, y: Tensor, objective: Objective, reg
             total = loss + weight * penalty
     with torch.no_grad():
         adv = energy.upcast(logits["adv"])
-        start = logits.get("nat") if start is None else start
+        if start is None or awp or objective.config.bn_mode != "train":  # not in the step's state
+            start = logits.get("nat")
         abnormal = adv.new_full((), math.nan)  # not known for attacks that keep no start
         if start is not None:
             abnormal = energy.abnormal_mask(start, adv, y).to(adv.dtype).mean()

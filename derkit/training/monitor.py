@@ -1,5 +1,6 @@
 """What is measured after every epoch and at the end of a run."""
 
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def _probe_signals(model: nn.Module, probe: Split, config: TrainConfig, whole: b
     x, y = next(evaluation.float_batches(probe, model, len(probe)))
     rng = make_generator(x.device, "probe", 0)
     other = dict(method="fgsm", alpha=AUTO) if config.method == "standard" else {}
-    objective = Objective(config.change(attack_bn="eval", **other))
+    objective = Objective(config.change(attack_bn="eval", regularizer="none", **other))
     x_adv, start, logits = objective.attack(model, x, y, rng)
     with torch.no_grad(), attack_mode(model, "eval"):
         record = evaluation.energy_summary(model(x), model(x_adv), y, logits)
@@ -98,7 +99,7 @@ def final_evaluation(model: nn.Module, dataset: Dataset, config: TrainConfig,
         value = evaluation.pgd50_accuracy(model, part, eps, norm=norm)
         out |= dict(pgd50=value, pgd50_images=len(part), pgd50_alpha=eps / 4)
     if part := parts.get("aa_images"):
-        found = evaluation.autoattack(model, part, eps, norm)
-        package = f"{found['package']} {found['version']}"
-        out |= dict(aa=found["accuracy"], aa_images=len(part), aa_package=package)
+        robust = evaluation.autoattack_mask(model, part, eps, norm).double().mean().item()
+        package = f"pyautoattack {version('pyautoattack')}"
+        out |= dict(aa=robust, aa_images=len(part), aa_package=package)
     return {name: round(v, 6) if isinstance(v, float) else v for name, v in out.items()}

@@ -22,7 +22,7 @@ def trades(nat: Tensor, adv: Tensor, y: Tensor, beta: float = 6.0) -> Tensor:
 
 
 def weat(nat: Tensor, adv: Tensor, y: Tensor, beta: float = 6.0) -> Tensor:
-    """WEAT, (B,) (arXiv 2407.06315): TRADES weighted by 1 / log(1 + e^|E(x)|), detached."""
+    """WEAT_nat, (B,) (arXiv 2407.06315): TRADES weighted by 1 / log(1 + e^|E(x)|), detached."""
     weight = 1 / F.softplus(marginal_energy(nat).abs()).detach()
     return weight * trades(nat, adv, y, beta)
 
@@ -31,12 +31,13 @@ def aaer(start: Tensor, adv: Tensor, y: Tensor) -> Tensor:
     """AAER (arXiv 2404.08154), a number: n/m (2.5 CE_A + 1.5 max(0, V_A - V_N)).
 
     Over the n abnormal of m examples, from the logits at the attack's start (constants) to those
-    at x*: CE_A is the mean fall of their loss, V_A the mean squared change of their logits, V_N (a
-    constant, too) that of the normal ones. 2.5, 1.5: the authors' for RS-FGSM. 0 if n is 0, m."""
+    at x*: CE_A is the mean fall of their loss, V_A the mean squared change of their logits, V_N
+    that of the normal ones. V_N and, as in the authors' code, CE_A have no gradient, so that only
+    V_A teaches. 2.5, 1.5: theirs for RS-FGSM, CIFAR-10, 8/255. 0 if n is 0 or m."""
     start, adv = upcast(start).detach(), upcast(adv)
     chosen = abnormal_mask(start, adv, y).to(adv.dtype)
     n, m = chosen.sum(), len(chosen)
-    fall = cross_entropy(start, y) - cross_entropy(adv, y)
+    fall = (cross_entropy(start, y) - cross_entropy(adv, y)).detach()
     change = (adv - start).square().sum(1)
     normal = ((1 - chosen) * change).sum().detach() / (m - n).clamp_min(1)
     excess = ((chosen * change).sum() / n.clamp_min(1) - normal).clamp_min(0)
@@ -126,7 +127,8 @@ class GradAlign:
         alive = (a.norm(dim=1) > 0) & (b.detach().norm(dim=1) > 0)
         # ones keep NaN out of the cosine's backward pass
         a, b = (torch.where(alive[:, None], g, 1.0) for g in (a, b))
-        return torch.where(alive, 1 - F.cosine_similarity(a, b, dim=1), 0.0).sum() / len(a)
+        cosine = F.cosine_similarity(a, b, dim=1, eps=1e-20)
+        return torch.where(alive, 1 - cosine, 0.0).mean()
 
 
 class AAER:
@@ -152,7 +154,7 @@ def make_regularizer(config: TrainConfig, model: nn.Module) -> DER | ELLE | Grad
 
 def weight_at(config: TrainConfig, progress: float) -> float:
     """lambda after a share ``progress`` of training: 0 before ``start``, rising over ``warmup``;
-    GradAlign and AAER have their full weight from the first step on, as published."""
+    GradAlign and AAER have their full weight at once, as published."""
     if config.regularizer == "none" or progress < config.start:
         return 0.0
     if config.regularizer in ("gradalign", "aaer") or config.warmup == 0:

@@ -100,7 +100,7 @@ class Reference:
             if n in (0, m):
                 return 0.0
             excess = (moved[bad].mean() - moved[~bad].mean().detach()).clamp_min(0)
-            return n / m * (2.5 * (before - after)[bad].mean().detach() + 1.5 * excess)
+            return n / m * (2.5 * (before - after)[bad].mean() + 1.5 * excess)
         loss = lambda name: ce(f[name], y)  # noqa: E731
         nat, adv, mid, near = (f.get(k) for k in ("nat", "adv", "mid", "near"))
         values = {

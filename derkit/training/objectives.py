@@ -31,13 +31,13 @@ def aaer(start: Tensor, adv: Tensor, y: Tensor) -> Tensor:
     """AAER (arXiv 2404.08154), a number: n/m (2.5 CE_A + 1.5 max(0, V_A - V_N)).
 
     Over the n abnormal of m examples, from the logits at the attack's start (constants) to those
-    at x*: CE_A is the mean fall of their loss, V_A the mean squared change of their logits, V_N
-    that of the normal ones. V_N and, as in the authors' code, CE_A have no gradient, so that only
-    V_A teaches. 2.5, 1.5: theirs for RS-FGSM, CIFAR-10, 8/255. 0 if n is 0 or m."""
+    at x*: CE_A is the mean fall of their loss, V_A the mean squared change of their logits, V_N (a
+    constant, too) that of the normal ones. 2.5, 1.5: the authors' for RS-FGSM, CIFAR-10, 8/255.
+    Their code takes CE_A without its gradient; here it has it. 0 if n is 0 or m."""
     start, adv = upcast(start).detach(), upcast(adv)
     chosen = abnormal_mask(start, adv, y).to(adv.dtype)
     n, m = chosen.sum(), len(chosen)
-    fall = (cross_entropy(start, y) - cross_entropy(adv, y)).detach()
+    fall = cross_entropy(start, y) - cross_entropy(adv, y)
     change = (adv - start).square().sum(1)
     normal = ((1 - chosen) * change).sum().detach() / (m - n).clamp_min(1)
     excess = ((chosen * change).sum() / n.clamp_min(1) - normal).clamp_min(0)

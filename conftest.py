@@ -13,9 +13,11 @@ os.environ["DERKIT_HOME"] = _HOME  # kernels inherit it: every session starts wi
 
 
 def pytest_collectstart(collector):
-    """nbval compares printed text; warnings and rich displays may differ between machines."""
+    """nbval compares printed text; warnings, rich displays and how many pictures a film has may
+    differ between machines."""
     if hasattr(collector, "skip_compare"):
         collector.skip_compare += ("stderr", "text/html", "image/svg+xml", "application/pdf")
+        collector.sanitize_patterns[r"<Figure size .*>"] = "<Figure>"
 
 
 def pytest_unconfigure(config):

@@ -141,10 +141,10 @@ def test_notebook_kernels_start_private_and_quiet(request):
     (plugin,) = [p for p in plugins if getattr(p, "__file__", "") == str(ROOT / "conftest.py")]
 
     class Collector:
-        skip_compare = ("metadata",)
+        skip_compare, sanitize_patterns = ("metadata",), {}
 
     collector = Collector()
     plugin.pytest_collectstart(collector)
     plugin.pytest_collectstart(object())  # other collectors pass through
     uncompared = {"metadata", "stderr", "text/html", "image/svg+xml", "application/pdf"}
-    assert set(collector.skip_compare) == uncompared
+    assert set(collector.skip_compare) == uncompared and len(collector.sanitize_patterns) == 1

@@ -174,13 +174,14 @@ def energy_map(panels: Mapping[str, landscape.AttackEnergies], save: Save = None
 
 def delta_by_strength(table: pd.DataFrame, save: Save = None) -> None:
     """Mean dE(x) against attack strength in units of eps, a panel per model; columns model, attack,
-    strength, dE(x)."""
+    strength, dE(x). Several rows of one strength (seeds): their mean, and their range as a band."""
     models, ylabel = table["model"].unique(), "mean dE(x)  (> 0: the attack lowers E(x))"
     with _panels(save, 4.8, 3.4, models, xlabel="strength, in eps", ylabel=ylabel) as axes:
         for axis, model in zip(axes, models, strict=True):
             rows = table[table["model"] == model].groupby("attack", sort=False)
             for i, (attack, part) in enumerate(rows):
-                _line(axis, i, attack, part["strength"].to_numpy(), part["dE(x)"].to_numpy())
+                found = part.groupby("strength")["dE(x)"].agg(["mean", "min", "max"])
+                _line(axis, i, attack, found.index, *found.to_numpy().T)
             axis.axhline(0, color="0.3", lw=0.8)
 
 

@@ -28,7 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
 SIGNS = dict(weight="lambda")
 GENERATED = ("recipe", "cifar10", "cifar10_standard")  # parts of generation_ablation.py
+DISTANCES = ("CFD", "Lite0 FD", "FID")  # shown for the starts alone, too
 COLUMNS = ("agreement", "recall", "pairwise L2", "nearest-train L2", "near copies")
+KERNEL, COVER = ("CKD", "Lite0 KD"), ("precision", "recall", "Lite0 precision", "Lite0 recall")
 
 
 def cell(values: Sequence[float], spread: bool = False) -> str:
@@ -180,7 +182,9 @@ def distance(value: float) -> str:
     return f"{value:.{2 if value < 10 else 1}f}"
 
 
-def generation(folder: str, parts: tuple[str, ...] = GENERATED) -> pd.DataFrame:
+def generation(folder: str, parts: tuple[str, ...] = GENERATED,
+               distances: tuple[str, ...] = DISTANCES,
+               columns: tuple[str, ...] = COLUMNS) -> pd.DataFrame:
     """Every recipe of records of generation, its starts alone beside it: distances by every judge
     (mean and range over seeds), and what tells variety from copying."""
     found = []
@@ -193,12 +197,12 @@ def generation(folder: str, parts: tuple[str, ...] = GENERATED) -> pd.DataFrame:
             row = means.loc[model].loc[key]
             start = means.loc[model].loc[key if (model, key) in real else key + X0]
             cells = dict(classifier="-" if (model, key) in real else model, recipe=key)
-            for judge in (name for name in ("CFD", "Lite0 FD", "FID") if name in means):
+            for judge in (name for name in distances if name in means):
                 values = every.loc[(every["model"] == model) & (every["images"] == key), judge]
                 ends = f" [{distance(values.min())}, {distance(values.max())}]"
                 cells |= {f"{judge}, start": distance(start[judge]),
                           judge: distance(values.mean()) + ends * (len(values) > 1)}
-            cells |= {name: f"{row[name]:.2f}" for name in COLUMNS}
+            cells |= {name: f"{row[name]:.2f}" for name in columns}
             found.append(cells | {"steps": f"{row['steps']:.1f}".replace("nan", "-")})
     return pd.DataFrame(found).fillna("-").set_index("classifier")
 
@@ -217,7 +221,8 @@ def verdicts() -> pd.DataFrame:
 
 TABLES = dict(ranking=ranking, rows=rows, tuning=tuning, alarms=alarms, collapses=collapses,
               robust=robust, energies=energies, generation=generation, claims=claims,
-              verdicts=verdicts, curve=partial(generation, parts=("curve",)))
+              verdicts=verdicts, curve=partial(generation, parts=("curve",)),
+              judges=partial(generation, distances=KERNEL, columns=COVER))
 BLOCK = re.compile(rf"(<!-- ({'|'.join(TABLES)}) ?([\w ]*) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 

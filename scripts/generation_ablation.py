@@ -29,7 +29,7 @@ from derkit.generation.extractor import Extractor, extractor_for, inception, lit
 from derkit.generation.generate import generate, prepare
 from derkit.generation.metrics import generation_summary, metrics_table
 from derkit.generation.sampler import quantise
-from derkit.records import records_folder
+from derkit.records import environment, records_folder
 from derkit.training.loop import train
 from derkit.util import choose_device, home, pick, read_json, write_json
 
@@ -81,7 +81,11 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
     | {f"fixed {n}": dict(stop="fixed", steps=n) for n in (1, 2, 4, 8, 16)}
     | {f"PCA scale={s}": dict(init="pca", scale=s) for s in (0.5, 0.7, 1.0)}
     | {"target 0-0.5": dict(low=0.0, high=0.5), "fixed 3": dict(stop="fixed", steps=3),
-       "tau=1.3 w=10.0": dict(tau=1.3, w=10.0)},  # samples are kept by position: new ones go last
+       "tau=1.3 w=10.0": dict(tau=1.3, w=10.0)}  # samples are kept by position: new ones go last
+    | {f"rank={rank}": dict(rank=rank) for rank in (4, 16)}
+    | {f"retained={share}": dict(retained=share) for share in (0.5, 0.9)}
+    | {"w=30.0": dict(w=30.0)}
+    | {f"target {low}-{high}": dict(low=low, high=high) for low, high in TARGETS[:2] + TARGETS[3:]},
 }
 JUDGES = {"own": extractor_for, "lite0": lambda dataset: lite0(),
           "inception": lambda dataset: inception()}
@@ -116,6 +120,7 @@ def measure(file: Path, part: str, dataset: Dataset, models: list[str], files: d
     if all(old.get(key) == value for key, value in record.items()) and all(
             [judge["sha256"] for judge in told["judges"]] == who for told in old["protocols"]):
         lists = {key: old[key] for key in lists}
+    env = environment(dataset.train.images.device, "fp32", "the precision of the weights")
     done = [(told["model"], told["seed"], told["model_sha256"]) for told in lists["protocols"]]
     for name, seed in ((name, seed) for name in models for seed in range(seeds)):
         model, origin = classifier(name, seed, dataset, files)
@@ -128,7 +133,7 @@ def measure(file: Path, part: str, dataset: Dataset, models: list[str], files: d
         table = metrics_table(sets, dataset, judges, reference)
         made = table.protocol.pop("samples")
         sha256 = dict(model_sha256=next(iter(made.values()))["model_sha256"])
-        lists["protocols"].append(table.protocol | tag | sha256 | origin)
+        lists["protocols"].append(table.protocol | tag | sha256 | origin | dict(env=env))
         for key, rows in (("rows", table.overall), ("per_class", table.per_class)):
             lists[key] += [tag | row for row in rows.reset_index().to_dict("records")]
         lists["chains"] += [tag | dict(images=key) | s.statistics() for key, s in sets.items()]

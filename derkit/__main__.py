@@ -14,6 +14,7 @@ from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
+import torch
 import tyro
 
 from derkit import util
@@ -43,8 +44,7 @@ FLAGS = dict(  # what the commands take beside the fields of a config
                            fresh="replace what the folder holds", inception="weights: IS, FID, KID",
                            part="I/N: every N-th shard, from the I-th on; torchrun sets it",
                            measure="print the metrics table afterwards (derkit[eval])"),
-    results=dict(runs="only these, of <point>-s<seed>; default: all finished ones",
-                 which="epoch: last or best; default: last", csv="write the table there"))
+    results=dict(which="epoch: last or best; default: last", csv="write the table there"))
 
 
 def row(name: str, help: str, kind: Any = str) -> tuple:
@@ -77,7 +77,7 @@ def read_flags(command: str, argv: Sequence[str], config: Config | None = None) 
 
 
 def load(flags: dict[str, str]) -> tuple:
-    """(model, data set, config of the training) of a checkpoint."""
+    """(model, data set, config of the training, {} where there is none) of a checkpoint."""
     if not flags.get("checkpoint"):
         raise DerkitError("--checkpoint FILE is missing: final.safetensors of a run.")
     file, device = flags["checkpoint"], util.choose_device(flags.get("device", util.AUTO))
@@ -90,7 +90,7 @@ def load(flags: dict[str, str]) -> tuple:
     dataset = load_dataset(
         name, folder, device, train_size=size if name == trained.dataset else 0,
         download=trained.download, valid_size=trained.valid_size, image_size=trained.image_size)
-    return load_model(file, classes=len(dataset.classes), device=device), dataset, trained
+    return load_model(file, classes=len(dataset.classes), device=device), dataset, found
 
 
 def run_train(argv: Sequence[str]) -> None:
@@ -105,7 +105,12 @@ def run_train(argv: Sequence[str]) -> None:
 def run_evaluate(argv: Sequence[str]) -> None:
     """Accuracies of a checkpoint on test images, as JSON."""
     flags, _ = read_flags("evaluate", argv)
-    model, dataset, trained = load(flags)
+    model, dataset, found = load(flags)
+    if "eps" not in found | flags:
+        raise DerkitError(f"{flags['checkpoint']} names no radius: add --eps, such as 8/255.")
+    if next(model.parameters()).dtype != torch.float64:
+        model.float()  # files may hold half precision, in which attacks lose small gradients
+    trained = TrainConfig.read(found)
     config = trained.change(
         eps=flags.get("eps", trained.eps), alpha=util.AUTO, final_size=flags.get("images", 1000),
         strong_size=flags.get("strong", 200), pgd50_size=flags.get("pgd50", 0),
@@ -152,7 +157,7 @@ def run_results(argv: Sequence[str]) -> None:
     folder, rest = (argv[0], argv[1:]) if argv and argv[0][:1] != "-" else (".", argv)
     flags, _ = read_flags("results", rest)
     which = util.pick("epoch", flags.get("which", "last"), dict(last="last", best="best"))
-    table = summary(grid(Path(folder), flags.get("runs", "").split()), which)
+    table = summary(grid(Path(folder)), which)
     if "csv" in flags:
         with util.disk_errors(Path(flags["csv"])):
             table.to_csv(flags["csv"], index_label="run")

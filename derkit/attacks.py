@@ -8,6 +8,7 @@ the statistics nor any module's mode is changed afterwards. Dropout is off insid
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -30,28 +31,20 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     return others - f.gather(1, y.view(-1, 1)).squeeze(1)
 
 
-def dlr(logits: Tensor, y: Tensor) -> Tensor:
-    """Difference of logits ratio (AutoAttack): margin over the largest minus the third logit."""
-    if logits.shape[1] < 3:
-        raise DerkitError(f"loss 'dlr' needs 3 classes, found {logits.shape[1]}; use 'margin'.")
-    top = upcast(logits).topk(3, dim=1).values
-    return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
-
-
 def kl(logits: Tensor, log_p: Tensor) -> Tensor:
     """KL(p(.|x) || p(.|x*)) against fixed natural log-probabilities (B, K)."""
     return (log_p.exp() * (log_p - F.log_softmax(upcast(logits), 1))).sum(1)
 
 
-LOSSES = {"ce": cross_entropy, "kl": kl, "margin": margin, "dlr": dlr}
+LOSSES = {"ce": cross_entropy, "kl": kl, "margin": margin}
 
 
 def check_batch(x: Tensor, y: Tensor, model: nn.Module | None = None) -> None:
     """DerkitError unless x is a float batch in [0, 1] and y holds classes. Costs a host sync."""
     if x.ndim != 4 or not x.is_floating_point():
         raise DerkitError(f"x must be floats (B, C, H, W), found {x.dtype} {tuple(x.shape)}.")
-    if y.shape != x.shape[:1] or y.is_floating_point():
-        raise DerkitError(f"labels must be {len(x)} integers, found {y.dtype} {tuple(y.shape)}.")
+    if y.shape != x.shape[:1] or y.dtype != torch.int64:
+        raise DerkitError(f"labels must be {len(x)} int64, found {y.dtype} {tuple(y.shape)}.")
     if not x.numel():
         return
     low, high, classes = x.min().item(), x.max().item(), math.inf
@@ -68,7 +61,7 @@ def check_batch(x: Tensor, y: Tensor, model: nn.Module | None = None) -> None:
 def check_eps(eps: float, norm: str = "linf") -> float:
     """eps as a float, in [0, 1] for L_inf, or DerkitError. `parse_eps` reads text as '8/255'."""
     high = 1 if norm == "linf" else math.inf
-    number = isinstance(eps, int | float) and not isinstance(eps, bool)
+    number = isinstance(eps, Real) and not isinstance(eps, bool)
     if not number or not (0 <= eps <= high and eps < math.inf):
         raise DerkitError(f"eps must be a number in [0, {high}] (pixel units), found {eps!r}. "
                           "For 8/255 write 8 / 255.")
@@ -79,7 +72,7 @@ def check_sizes(q: float = 0, **sizes: float | None) -> None:
     """DerkitError unless each size (None: its default) is a number from 0 on, and q below 1."""
     for name, value in (sizes | dict(q=q)).items():
         high = 1 if name == "q" else math.inf
-        if value is not None and not (isinstance(value, int | float) and 0 <= value < high):
+        if value is not None and not (isinstance(value, Real) and 0 <= value < high):
             raise DerkitError(f"{name} must be a number in [0, {high}), found {value!r}.")
 
 
@@ -237,7 +230,7 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: float | None 
     """Projected gradient descent (arXiv 1706.06083), L_inf or L_2, untargeted or targeted.
 
     alpha: step size; default eps/4, or 2 eps with ``decay`` (which shrinks it to 0 by a cosine).
-    loss: 'ce', 'margin' (CW), 'dlr', or 'kl' (TRADES: against p(.|x), start x + 0.001 N(0, 1)).
+    loss: 'ce', 'margin' (CW), or 'kl' (TRADES: against p(.|x), start x + 0.001 N(0, 1)).
     targeted: towards ``targets`` ('least_likely', 'random' or a tensor) instead of away from y.
     restarts: an image counts as fooled if ANY restart fools the model; else the highest loss.
     any_iterate: also accept a success at any intermediate step (a stronger evaluation).
@@ -250,7 +243,7 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: float | None 
     if steps < 0 or restarts < 1:
         raise DerkitError(f"steps must be >= 0, restarts >= 1; found {steps} and {restarts}.")
     if targeted and loss == "kl":
-        raise DerkitError("loss 'kl' has no targeted form; use 'ce', 'margin' or 'dlr'.")
+        raise DerkitError("loss 'kl' has no targeted form; use 'ce' or 'margin'.")
     if check:
         check_batch(x, y, model)
     x = x.detach()

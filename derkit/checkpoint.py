@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from derkit.models import build_model, describe, same_network
-from derkit.util import CheckpointError, atomic_write, pick
+from derkit.util import DerkitError, atomic_write, pick
 
 FORMAT, ASSETS = "derkit-2", Path(__file__).parent / "assets"
 
@@ -44,24 +44,24 @@ def save_checkpoint(path: str | os.PathLike, model: nn.Module,
 
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """The checkpoint as a dict: spec, variant, config, state, sha256 and what `info` held.
-    Raises CheckpointError for a missing, truncated, foreign or forged file."""
+    Raises DerkitError for a missing, truncated, foreign or forged file."""
     if not Path(path).is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist.")
+        raise DerkitError(f"checkpoint {path} does not exist.")
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path} is truncated or not a checkpoint ({error}).") from error
+        raise DerkitError(f"{path} is truncated or not a checkpoint ({error}).") from error
     if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a derkit checkpoint (format {FORMAT!r}).")
+        raise DerkitError(f"{path} is not a derkit checkpoint (format {FORMAT!r}).")
     try:
         tables = {name: dict(json.loads(metadata[name])) for name in ("spec", "config", "info")}
         variant = describe(tables["spec"])
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is a forged or broken checkpoint ({error!r}).") from error
+        raise DerkitError(f"{path} is a forged or broken checkpoint ({error!r}).") from error
     if state_hash(state) != metadata.get("sha256"):
-        raise CheckpointError(f"{path}: the weights do not match the recorded sha256.")
+        raise DerkitError(f"{path}: the weights do not match the recorded sha256.")
     info = tables.pop("info")
     return info | tables | dict(variant=variant, state=state, sha256=metadata["sha256"])
 
@@ -70,24 +70,24 @@ def load_model(path: str | os.PathLike, *, classes: int | None = None,
                model: nn.Module | None = None, device: str | torch.device = "cpu") -> nn.Module:
     """The model of a checkpoint, in eval mode and in the precision of its weights.
 
-    classes: if given, the number that the data has, or CheckpointError. model: the module to fill,
+    classes: if given, the number that the data has, or DerkitError. model: the module to fill,
     for custom ones."""
     content = load_checkpoint(path)
     spec, found, given = content["spec"], content["variant"], getattr(model, "spec", None)
     if classes is not None and spec.get("classes", classes) != classes:
-        raise CheckpointError(f"{path} has {spec['classes']} classes, the data has {classes}.")
+        raise DerkitError(f"{path} has {spec['classes']} classes, the data has {classes}.")
     if spec["name"] == "custom" and model is None:
-        raise CheckpointError(f"{path} holds a custom module: pass model=YourModule().")
+        raise DerkitError(f"{path} holds a custom module: pass model=YourModule().")
     floats = [t.dtype for t in content["state"].values() if t.is_floating_point()]
     try:
         if model is None:
             model = build_model(**spec)
         elif given and spec["name"] != "custom" and not same_network(given, spec):
-            raise CheckpointError(f"it is {describe(given)}.")
+            raise DerkitError(f"it is {describe(given)}.")
         model.to(floats[0] if floats else torch.float32).load_state_dict(content["state"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:  # a forged spec, too
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path} ({found}) does not fit the model: {reason}") from error
+        raise DerkitError(f"{path} ({found}) does not fit the model: {reason}") from error
     return model.to(device).eval()
 
 
@@ -117,10 +117,10 @@ def save_state(path: str | os.PathLike, state: dict[str, Any]) -> None:
 
 
 def load_state(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """What `save_state` wrote. Raises CheckpointError for a missing, truncated or hostile file."""
+    """What `save_state` wrote. Raises DerkitError for a missing, truncated or hostile file."""
     if not Path(path).is_file():
-        raise CheckpointError(f"state {path} does not exist.")
+        raise DerkitError(f"state {path} does not exist.")
     try:
         return {**torch.load(path, map_location=device, weights_only=True)}
     except Exception as error:  # torch raises many kinds for a truncated or hostile file
-        raise CheckpointError(f"{path} is truncated or holds more than data.") from error
+        raise DerkitError(f"{path} is truncated or holds more than data.") from error

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field
 from derkit.util import AUTO, DerkitError, pick, unknown
 
 ASIDE = "does not change results"  # marks fields that `Config.hash` leaves out
-RETIRED = {"penalty": "abs", "sync_bn": False}  # fields of older records, and what stayed
+RETIRED = dict(penalty="abs", sync_bn=False, save_every=1)  # fields of older records, what stayed
 
 
 def parse_eps(value: Any, name: str = "eps") -> float:
@@ -181,7 +181,6 @@ class TrainConfig(Config):
     precision: Precision = option(AUTO, "auto: bf16 where a GPU has it, else fp32")
     channels_last: Annotated[bool, ASIDE] = option(True, "memory format of images and weights")
     compile: Annotated[bool, ASIDE] = option(False, "torch.compile the model (not: gradalign)")
-    save_every: Annotated[Positive, ASIDE] = option(1, "epochs between states to go on from")
     keep_every: Annotated[Count, ASIDE] = option(0, "epochs between weights that are kept; 0: none")
 
     @pydantic.model_validator(mode="after")

@@ -2,17 +2,14 @@
 
 No code of a data file runs: torchvision opens CIFAR's pickles only after their checksums."""
 
-import gzip
 import hashlib
 import os
-import zlib
 from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Self
 
 import numpy as np
@@ -21,7 +18,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from derkit.util import DataError, DerkitError, cached, home, progress, unknown
+from derkit.util import DerkitError, cached, home, progress, unknown
 
 Arrays = tuple[np.ndarray, np.ndarray]  # images (N, C, H, W) uint8, labels (N,)
 AUGMENTATIONS = ("none", "flip", "crop", "crop_flip", "crop_reflect_flip")
@@ -122,7 +119,7 @@ def _class_names(folder: Path, known: list[str]) -> tuple[list[str], bool]:
     """Class folders, and whether they have the known names in any spelling (then in that order)."""
     found = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
     if not found:
-        raise DataError(f"{folder} has no class folders; expected {folder}/<class>/*.jpg|png.")
+        raise DerkitError(f"{folder} has no class folders; expected {folder}/<class>/*.jpg|png.")
     slugs, wanted = (["".join(filter(str.isalnum, n.lower())) for n in k] for k in (found, known))
     same = sorted(slugs) == sorted(wanted)
     return [found[slugs.index(slug)] for slug in wanted] if same else found, same
@@ -134,7 +131,7 @@ def _read_folder(folder: Path, spec: Spec) -> Arrays:
     try:
         found = make_dataset(folder, {c: i for i, c in enumerate(spec.classes)}, IMG_EXTENSIONS)
     except FileNotFoundError as error:
-        raise DataError(f"{folder} needs <class>/*.jpg|png: {error}.") from error
+        raise DerkitError(f"{folder} needs <class>/*.jpg|png: {error}.") from error
     files, labels = zip(*sorted(found, key=lambda pair: pair[1]), strict=True)
     key = [(Path(f).parts[-2:], os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
 
@@ -144,7 +141,8 @@ def _read_folder(folder: Path, spec: Spec) -> Arrays:
                 image = image.convert("L" if spec.channels == 1 else "RGB")
                 image = ImageOps.fit(image, (spec.size, spec.size), Image.Resampling.BICUBIC)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"cannot read image {file}: {error}. Delete or replace it.") from error
+            text = f"cannot read image {file}: {error}. Delete or replace it."
+            raise DerkitError(text) from error
         return np.atleast_3d(image).transpose(2, 0, 1)
 
     def read() -> Tensor:
@@ -152,23 +150,6 @@ def _read_folder(folder: Path, spec: Spec) -> Arrays:
         return torch.from_numpy(np.stack([decode(file) for file in bar]))
 
     return cached("folders", (spec.channels, spec.size, key), read)[0].numpy(), labels
-
-
-def read_idx_folder(folder: Path) -> dict[str, Arrays] | None:
-    """Fashion-MNIST from its four idx files; by hand, as torchvision reads no gzipped ones."""
-    arrays = []
-    for stem in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
-        files = [Path(folder) / f"{stem}-ubyte{suffix}" for suffix in (".gz", "")]
-        path = next((file for file in files if file.is_file()), None)
-        if path is None:
-            return None
-        try:
-            raw = gzip.decompress(path.read_bytes()) if path.suffix else path.read_bytes()
-            shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
-            arrays.append(np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape))
-        except (EOFError, OSError, zlib.error, ValueError, IndexError) as error:
-            raise DataError(f"{path} is truncated or not an idx file: {error}.") from error
-    return {"train": (arrays[0][:, None], arrays[1]), "test": (arrays[2][:, None], arrays[3])}
 
 
 def _torchvision(name: str, root: Path, split: str, download: bool) -> Arrays:
@@ -184,7 +165,7 @@ def _torchvision(name: str, root: Path, split: str, download: bool) -> Arrays:
 
 def _named(name: str, data_dir: str | os.PathLike | None, download: bool) -> tuple:
     """(splits, source, spec) of a named set from the first place that has it, in any format."""
-    spec, problem = SPECS[name], "was not found in"
+    spec, problem = SPECS[name], "was not found whole in"
     roots = [data_dir] if data_dir else [os.environ.get("DERKIT_DATA"), home() / "data", *USUAL]
     roots = [Path(root).expanduser() for root in roots if root]
     for root in roots:
@@ -195,15 +176,13 @@ def _named(name: str, data_dir: str | os.PathLike | None, download: bool) -> tup
             if folder == root and not data_dir and not known:
                 continue  # class folders of something else
             if len(names) != len(spec.classes):
-                raise DataError(f"{folder}: {len(names)} classes, {name} has {len(spec.classes)}.")
+                found = f"{len(names)} classes, {name} has {len(spec.classes)}."
+                raise DerkitError(f"{folder}: {found}")
             spec = spec._replace(classes=names)
             copy = "JPEG copy" if any(folder.glob("train/*/*.[jJ][pP]*")) else "image files"
             parts = {split: _read_folder(folder / split, spec) for split in ("train", "test")}
             return parts, f"{copy}, class folders", spec
-        for place in ("fashion-mnist", "FashionMNIST/raw", "fashion_mnist", "."):
-            if name == "fashion_mnist" and (parts := read_idx_folder(root / place)):
-                return parts, "idx files", spec
-        with suppress(RuntimeError, OSError, UnpicklingError):
+        with suppress(Exception):  # torchvision has many for files that are absent or broken
             parts = {split: _torchvision(name, root, split, False) for split in ("train", "test")}
             return parts, "torchvision", spec
     if download:
@@ -212,9 +191,9 @@ def _named(name: str, data_dir: str | os.PathLike | None, download: bool) -> tup
         try:
             parts = {split: _torchvision(name, root, split, True) for split in ("train", "test")}
             return parts, "torchvision, downloaded", spec
-        except (RuntimeError, OSError, UnpicklingError) as error:
+        except Exception as error:  # no network, no scipy for svhn, ...
             problem = f"could not be downloaded ({error}). Looked in"
-    raise DataError(f"{name} {problem}: {', '.join(map(str, roots))}. Pass data_dir, "
+    raise DerkitError(f"{name} {problem}: {', '.join(map(str, roots))}. Pass data_dir, "
                     "set DERKIT_DATA or allow the download (download=True). Class folders "
                     f"{name}/train/<class>/*.jpg|png with test/ beside train/ work too.")
 
@@ -222,7 +201,7 @@ def _named(name: str, data_dir: str | os.PathLike | None, download: bool) -> tup
 def _pick(labels: np.ndarray, n: int, most: int, rng: np.random.Generator, what: str) -> np.ndarray:
     """n indices, spread evenly over the classes, in random order."""
     if not 0 <= n <= most:
-        raise DataError(f"{what} must lie in [0, {most}] for {len(labels)} images, found {n}.")
+        raise DerkitError(f"{what} must lie in [0, {most}] for {len(labels)} images, found {n}.")
     order = rng.permutation(len(labels))
     rank = pd.Series(order).groupby(labels[order]).cumcount()  # position inside its class
     return order[rank.to_numpy().argsort(kind="stable")][:n]
@@ -240,16 +219,16 @@ def load_dataset(name: str = "fashion_mini", data_dir: str | os.PathLike | None 
         torchvision's files, and to download to. Without it: $DERKIT_DATA, then the usual places.
     train_size: class-balanced subset (0: all). valid_size: images held out of the training set
         with ``split_seed`` (the bundled set has its own). Test is for reporting only.
-    Raises DerkitError / DataError: unknown name, missing folder, unreadable image, wrong sizes."""
+    Raises DerkitError: unknown name, missing folder, unreadable image, wrong sizes."""
     spec, source = SPECS.get(name), "bundled"
     if spec and image_size not in (None, 0, spec.size):
         raise DerkitError(f"image_size is for 'imagefolder:<path>'; {name} has size {spec.size}.")
     if spec and data_dir and not Path(data_dir).expanduser().is_dir():
-        raise DataError(f"data_dir {data_dir} does not exist. To download into it, create it.")
+        raise DerkitError(f"data_dir {data_dir} does not exist. To download into it, create it.")
     if name == "fashion_mini":
         raw = (Path(__file__).parent / "assets" / "fashion_mini.npz").read_bytes()
         if hashlib.sha256(raw).hexdigest() != MINI_SHA256:
-            raise DataError("the bundled fashion_mini.npz is not the recorded: reinstall derkit.")
+            raise DerkitError("the bundled fashion_mini.npz is not the recorded: reinstall derkit.")
         with np.load(BytesIO(raw), allow_pickle=False) as z:
             parts = {s: (z[f"{s}_images"][:, None], z[f"{s}_labels"]) for s in MINI_SIZE}
     elif spec:
@@ -258,14 +237,14 @@ def load_dataset(name: str = "fashion_mini", data_dir: str | os.PathLike | None 
         root = Path(name.partition(":")[2]).expanduser()
         spec = Spec(3, image_size or 32, _class_names(root / "train", [])[0])
         parts = {split: _read_folder(root / split, spec) for split in ("train", "test")}
-        name, source = "imagefolder", f"image folder, resized to {spec.size}"
+        name, source = f"imagefolder-{root.resolve().name}", f"image folder, resized to {spec.size}"
     else:
         raise unknown("dataset", name, [*SPECS, "imagefolder:<path>"])
     for split, (images, labels) in parts.items():
         n, labels = len(spec.classes), np.asarray(labels, np.int64)
         if len(labels) != len(images) or not np.isin(labels, range(n)).all():
             found = f"{len(labels)} of the classes {np.unique(labels)}"
-            raise DataError(f"{name} needs {len(images)} labels in [0, {n}), found {found}.")
+            raise DerkitError(f"{name} needs {len(images)} labels in [0, {n}), found {found}.")
         if (np.diff(labels) >= 0).all():  # by class: mixed, so that the first n hold all classes
             order = _pick(labels, len(labels), len(labels), np.random.default_rng(0), "size")
             images, labels = images[order], labels[order]

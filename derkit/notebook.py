@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from derkit.config import TrainConfig
 from derkit.plots import use_style
-from derkit.util import AUTO, DerkitError, choose_device, choose_precision, unknown
+from derkit.util import AUTO, DerkitError, choose_device, choose_precision, unknown, watched
 
 KINDS = {"int": (int, "a whole number"), "float": (float, "a number"), "str": (str, "text"),
          "bool": (bool, "True or False")}  # fmt: skip
@@ -115,10 +115,9 @@ def slider(draw: Callable[[Any], None], name: str, values: Sequence[Any], shown:
     """One picture for each value, drawn beforehand, behind a slider; ``draw(value)`` leaves a
     pyplot figure open. Where nobody can move it (papermill and nbval let no cell ask for input),
     or without ipywidgets, there is the picture of ``values[shown]`` alone."""
-    from IPython import display, get_ipython
+    from IPython import display
 
-    asked = getattr(get_ipython(), "get_parent", dict)().get("content", {})
-    if not (asked.get("allow_stdin") and find_spec("ipywidgets")):
+    if not (watched() and find_spec("ipywidgets")):
         draw(values[shown])
         plt.show()
         return plt.close()

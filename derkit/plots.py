@@ -87,10 +87,11 @@ def overfitting_curves(runs: Mapping[str, Any], kind: str = "co", save: Save = N
         group = [group] if isinstance(group, Run) else group
         for axis, columns in zip((top, bottom), parts, strict=True):
             for column in columns:
-                v, at = np.stack([run.epochs[column] for run in group]), group[0].epochs["epoch"]
+                v = pd.DataFrame([run.epochs.set_index("epoch")[column] for run in group])
                 label = LABELS[column.removesuffix("_dE")]
-                _line(axis, names.index(label), label, at, v.mean(0), v.min(0), v.max(0))
-        mark, word = sum(run.epochs["valid_pgd"] for run in group).argmax() + 1, "best on valid"
+                _line(axis, names.index(label), label, v.columns, v.mean(), v.min(), v.max())
+        pgd = pd.DataFrame([run.epochs.set_index("epoch")["valid_pgd"] for run in group])
+        mark, word = pgd.mean().idxmax(), "best on valid"
         if kind == "co":
             mark, word = getattr(overfitting.co_onset(group[0]), "epoch", None), "CO onset"
         if mark:

@@ -76,8 +76,7 @@ def environment(device: torch.device, precision: str, why: str) -> dict[str, Any
         python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
         torchvision=version("torchvision"), system=f"{platform.system()} {platform.machine()}",
         device=device.type, gpu=gpu, cpu=torch.backends.cpu.get_cpu_capability(),
-        cpu_bf16=torch.cpu._is_avx512_bf16_supported(), threads=torch.get_num_threads(),
-        precision=precision, precision_reason=why)
+        threads=torch.get_num_threads(), precision=precision, precision_reason=why)
 
 
 class Run:
@@ -98,10 +97,6 @@ class Run:
     @cached_property
     def epochs(self) -> pd.DataFrame:
         return pd.DataFrame(read_lines(self.folder / "metrics.jsonl"))
-
-    def steps(self, column: str) -> list[float]:
-        """A series over all training steps: 'loss', 'acc' or 'aae' (on adversarial examples)."""
-        return [value for row in self.epochs["steps"] for value in row[column]]
 
     def model(self, which: str | int = "last", device: str | torch.device = "cpu",
               model: nn.Module | None = None) -> nn.Module:
@@ -156,18 +151,16 @@ def title(label: str) -> str:
 
 def load_costs(name: str, root: Path | None = None) -> pd.Series:
     """Cost of a training step by label, relative to the suite's first run."""
-    costs = read_json((root or records_folder()) / name / "cost.json")["ratio"]
-    return pd.Series(costs, name="cost")
+    costs = read_json((root or records_folder()) / name / "cost.json").get("ratio", {})
+    return pd.Series(costs, name="cost", dtype=float)
 
 
-def grid(folder: Path, names: Sequence[str] = ()) -> dict[str, list[Run]]:
-    """Finished runs named <point>-s<seed> by point; ``names``: these only. DerkitError for none."""
-    found = {run.name: run for run in load_runs(folder) if run.finished}
+def grid(folder: Path) -> dict[str, list[Run]]:
+    """Finished runs named <point>-s<seed> by point, or DerkitError for none."""
     groups: dict[str, list[Run]] = {}
-    for name in names or found:
-        if name not in found:
-            raise DerkitError(f"no finished run {name!r} in {folder}.{nearest(name, found)}")
-        groups.setdefault(re.sub(r"-s\d+$", "", name), []).append(found[name])
+    for run in load_runs(folder):
+        if run.finished:
+            groups.setdefault(re.sub(r"-s\d+$", "", run.name), []).append(run)
     if not groups:
         raise DerkitError(f"no finished runs in {folder}.")
     return groups

@@ -26,14 +26,6 @@ class DerkitError(ValueError):
     """Bad input, found before any long work starts."""
 
 
-class CheckpointError(DerkitError):
-    """A checkpoint that cannot be used: truncated, of another variant, or carrying code."""
-
-
-class DataError(DerkitError):
-    """A data set that cannot be found or read."""
-
-
 def nearest(found: object, allowed: Collection[str]) -> str:
     """' Did you mean 'x'?' for the closest allowed name, or an empty string."""
     close = difflib.get_close_matches(str(found).lower(), list(allowed), n=1, cutoff=0.5)
@@ -203,11 +195,18 @@ def images_format(model: torch.nn.Module) -> torch.memory_format:
     return torch.channels_last if convolutions else torch.contiguous_format
 
 
+def watched() -> bool:
+    """Does a person look on? On a terminal; in a notebook, where the front end lets cells ask for
+    input, which papermill and nbval do not."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if not hasattr(shell, "get_parent"):  # no kernel
+        return sys.stderr.isatty()
+    return bool(shell.get_parent().get("content", {}).get("allow_stdin"))
+
+
 def progress(items: Iterable, desc: str = "", **options: Any) -> Iterable:
-    """``items`` behind a bar: on a terminal, and in notebooks where $DERKIT_WIDGETS is set."""
-    notebook = "ipykernel" in sys.modules
-    wanted = os.environ.get("DERKIT_WIDGETS") if notebook else sys.stderr.isatty()
-    if not wanted or os.environ.get("TQDM_DISABLE") or rank() != 0:
+    """``items`` behind a bar where a person may watch: see `watched`."""
+    if not watched() or os.environ.get("TQDM_DISABLE") or rank() != 0:
         return items
     from tqdm.auto import tqdm
 

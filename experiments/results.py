@@ -76,7 +76,7 @@ def rows(suite: str) -> pd.DataFrame:
             "settings": chosen(label, runs[0]), "collapsed": f"{collapsed} of {len(runs)}",
             "clean": cell(last["clean"]), "PGD-50-10": cell(last["pgd50"]),
             "strong": cell(last["strong"]), "AutoAttack": cell(last["aa"], True),
-            "cost": f"{costs[label]:.1f}", "order": last["aa"].mean()}
+            "cost": f"{costs[label]:.1f}" if label in costs else "-", "order": last["aa"].mean()}
     table = pd.DataFrame.from_dict(found, orient="index").sort_values("order", ascending=False)
     return table.drop(columns="order").rename_axis("method")
 

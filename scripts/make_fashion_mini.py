@@ -1,6 +1,6 @@
 """Make derkit/assets/fashion_mini.npz, the bundled subset of Fashion-MNIST, from the full set.
 
-    python scripts/make_fashion_mini.py FOLDER_WITH_THE_FOUR_GZ_FILES
+    python scripts/make_fashion_mini.py FOLDER  # for torchvision, which downloads into it
 
 Class-balanced: 4,000 train and 1,000 valid images from the training set, 1,000 test images from the
 test set, drawn with numpy's PCG64 at seed 0. Prints the sha256 of the file, which derkit/data.py
@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-
-from derkit.data import read_idx_folder
+from torchvision.datasets import FashionMNIST
 
 OUT = Path(__file__).resolve().parents[1] / "derkit" / "assets" / "fashion_mini.npz"
 
@@ -25,9 +24,10 @@ def balanced(labels: np.ndarray, per_class: int, rng: np.random.Generator) -> np
 
 
 def main(folder: Path) -> None:
-    parts = read_idx_folder(folder)
-    if parts is None:
-        sys.exit(f"{folder} does not hold the four idx files of Fashion-MNIST.")
+    parts = {}
+    for name in ("train", "test"):
+        data = FashionMNIST(folder, train=name == "train", download=True)
+        parts[name] = data.data.numpy()[:, None], data.targets.numpy()
     rng = np.random.default_rng(0)
     labels = parts["train"][1]
     pool = balanced(labels, 500, rng)

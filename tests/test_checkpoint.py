@@ -13,7 +13,7 @@ from derkit.checkpoint import load_checkpoint, load_model, load_state, save_chec
 from derkit.data import load_dataset
 from derkit.diagnosis.evaluation import accuracy, predict, robust_accuracy
 from derkit.models import build_model, describe
-from derkit.util import CheckpointError, DerkitError
+from derkit.util import DerkitError
 
 
 class Own(nn.Module):
@@ -52,20 +52,20 @@ def test_truncated(saved, tmp_path, share):
     for path, load in ((saved, load_checkpoint), (tmp_path / "last.pt", load_state)):
         raw = path.read_bytes()
         path.write_bytes(raw[: int(share * len(raw))])
-        with pytest.raises(CheckpointError, match=f"{path.name} is truncated or"):
+        with pytest.raises(DerkitError, match=f"{path.name} is truncated or"):
             load(path)
 
 
 def test_missing_and_foreign_files(tmp_path, trained):
     for load in (load_checkpoint, load_state):
-        with pytest.raises(CheckpointError, match="does not exist"):
+        with pytest.raises(DerkitError, match="does not exist"):
             load(tmp_path / "none")
     for metadata in (None, dict(format="derkit-1")):
         save_file(trained.state_dict(), tmp_path / "x", metadata)
-        with pytest.raises(CheckpointError, match="not a derkit checkpoint"):
+        with pytest.raises(DerkitError, match="not a derkit checkpoint"):
             load_checkpoint(tmp_path / "x")
     torch.save([1, 2], tmp_path / "x")
-    with pytest.raises(CheckpointError, match="x is truncated or"):
+    with pytest.raises(DerkitError, match="x is truncated or"):
         load_state(tmp_path / "x")
 
 
@@ -79,7 +79,7 @@ def test_flipped_bytes_are_noticed(tmp_path, net):
         path.write_bytes(raw[:i] + bytes([raw[i] ^ 0x41]) + raw[i + 1 :])
         try:
             assert load_checkpoint(path)["sha256"] == state_hash(model.state_dict()) and i < header
-        except CheckpointError:
+        except DerkitError:
             noticed += 1
     assert noticed > 100
 
@@ -98,16 +98,16 @@ def test_wrong_networks(tmp_path):
     other = build_model("preact_resnet18", 1, 10, 28, width=2, shortcut="x")
     for options, message in ((dict(classes=100), "has 10 classes, the data has 100"),
                              (dict(model=other), "does not fit the model: it is .*shortcut=x")):
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(DerkitError, match=message):
             load_model(tmp_path / "m", **options)
 
 
 def test_custom_module(tmp_path):
     path, model = tmp_path / "own", Own()
     save_checkpoint(path, model)
-    with pytest.raises(CheckpointError, match="pass model=YourModule"):
+    with pytest.raises(DerkitError, match="pass model=YourModule"):
         load_model(path)
-    with pytest.raises(CheckpointError, match="does not fit the model: [^\n]*size mismatch"):
+    with pytest.raises(DerkitError, match="does not fit the model: [^\n]*size mismatch"):
         load_model(path, model=Own(3))
     assert torch.equal(load_model(path, model=Own()).head.weight, model.head.weight)
     assert load_checkpoint(path)["variant"] == "custom"

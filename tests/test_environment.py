@@ -109,7 +109,7 @@ def test_the_house_is_small():
     known = {*FILES.values(), ROOT / "derkit/__init__.py", *(ROOT / "derkit" / e for e in EMPTY)}
     assert set(files) == known and len(files) <= 28
     lines = {path: len(path.read_text().splitlines()) for path in files}
-    assert sum(lines.values()) <= 4700  # to be lowered, never raised
+    assert sum(lines.values()) <= 4670  # to be lowered, never raised
     assert all(lines[ROOT / "derkit" / empty] == 1 for empty in EMPTY)
     assert sum(len(p.read_text().splitlines()) for p in (ROOT / "tests").glob("*.py")) <= 5800
 

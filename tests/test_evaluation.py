@@ -166,10 +166,8 @@ def test_energy_summary_by_numpy(seeded):
     out = evaluation.energy_summary(f, g, y)
     lse = [np.log(np.exp(z.numpy()).sum(1)) for z in (f, g)]
     d, dy = lse[1] - lse[0], (g - f).numpy()[np.arange(50), y.numpy()]
-    expected = {"E": -lse[0].mean(), "E_adv": -lse[1].mean(), "aae": (d < dy).mean()}
-    for name, values in (("dE", d), ("dEy", dy)):
-        expected |= {f"{name}_q{q:02d}": np.percentile(values, q) for q in (5, 25, 50, 75, 95)}
-        expected[name] = values.mean()
+    expected = {"E": -lse[0].mean(), "E_adv": -lse[1].mean(), "aae": (d < dy).mean(),
+                "dE": d.mean(), "dEy": dy.mean()}
     assert out == pytest.approx(expected, abs=1e-6)
     lowered = (cross_entropy(g, y) < cross_entropy(start, y)).double().mean().item()
     other = evaluation.energy_summary(f, g, y, start)

@@ -27,7 +27,7 @@ from derkit.generation.extractor import load_extractor
 from derkit.generation.generate import generate, load_samples
 from derkit.records import load_runs
 from derkit.training.loop import train
-from derkit.util import CheckpointError, DataError, DerkitError
+from derkit.util import DerkitError
 
 
 class Bait:
@@ -67,12 +67,12 @@ def test_pickles_in_a_run_folder(zipped, tiny, config, canary):
         torch.save(dict(rows=[], bait=Bait(canary)), run.folder / name,
                    _use_new_zipfile_serialization=zipped)
     for look in (load_checkpoint, load_model, load_extractor):
-        with pytest.raises(CheckpointError, match="truncated or not a checkpoint"):
+        with pytest.raises(DerkitError, match="truncated or not a checkpoint"):
             look(run.folder / "final.safetensors")
-    with pytest.raises(CheckpointError, match="last.pt is truncated or holds more than data"):
+    with pytest.raises(DerkitError, match="last.pt is truncated or holds more than data"):
         load_state(run.folder / "last.pt")
     (run.folder / "final.json").unlink()
-    with pytest.raises(CheckpointError, match="last.pt is truncated or holds more than data"):
+    with pytest.raises(DerkitError, match="last.pt is truncated or holds more than data"):
         train(config(epochs=1), tiny, verbose=False)
 
 
@@ -95,9 +95,9 @@ def test_forged_checkpoints(forged, tmp_path, net):
     state = load(raw)
     state["1.head.bias"] += 0 if forged else 1e-6
     path.write_bytes(save(state, header | forged))
-    with pytest.raises(CheckpointError, match="m.safetensors"):
+    with pytest.raises(DerkitError, match="m.safetensors"):
         load_model(path)
-    with pytest.raises(CheckpointError, match="m.safetensors"):
+    with pytest.raises(DerkitError, match="m.safetensors"):
         load_model(path, model=net(width=5))
 
 
@@ -137,7 +137,7 @@ def test_pickled_data_sets(tmp_path, canary, no_network):
         archive.addfile(tarfile.TarInfo("../canary"), io.BytesIO())
     for name in ("cifar10", "cifar100", "fashion_mnist"):
         for download in (True, False):
-            with pytest.raises(DataError):
+            with pytest.raises(DerkitError):
                 load_dataset(name, root, download=download)
 
 
@@ -155,7 +155,7 @@ def test_class_folders(tmp_path, canary, home):
     head = b"IHDR" + struct.pack(">IIBBBBB", 10**5, 10**5, 8, 2, 0, 0, 0)  # pixels in 33 bytes
     head = struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
     (tmp_path / "test/a/1.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head)
-    with pytest.raises(DataError, match="cannot read image .*1.png"):
+    with pytest.raises(DerkitError, match="cannot read image .*1.png"):
         load_dataset(**source)
 
 

@@ -31,13 +31,11 @@ class Linear(nn.Module):
         return torch.cat([s, s], 1)
 
 
-def test_path_of_a_linear_energy_has_no_bump():
+def test_path_of_a_linear_energy():
     x = torch.rand(3, 1, 4, 4, dtype=torch.float64)
     path = landscape.energy_path(Linear(), x, x + 0.1, torch.tensor([0, 1, 0]), points=11)
-    assert path["E"].shape == (11, 3) and landscape.bump(path) < 1e-12
+    assert path["E"].shape == (11, 3) and np.abs(np.diff(path["E"], 2, axis=0)).max() < 1e-12
     assert np.allclose(path["E"][0] - path["E"][-1], 1.6)  # dE over 16 pixels raised by 0.1
-    curved = dict(path, E=path["E"] + np.sin(np.pi * path["u"])[:, None])
-    assert landscape.bump(curved) == pytest.approx(1.0)
 
 
 def test_attack_energies_signs_and_table():

@@ -10,6 +10,7 @@ import time
 import pytest
 
 import derkit.__main__ as cli
+from derkit.checkpoint import save_checkpoint
 from derkit.config import PRESETS, GenerateConfig, TrainConfig
 from derkit.generation.generate import load_samples
 from derkit.records import Run
@@ -63,6 +64,11 @@ def test_train_evaluate_generate_results(home, tmp_path, capsys):
     assert (found["eps"], found["images"], found["strong_images"]) == (0.1, 8, 8)
     assert all(0 <= found[name] <= 1 for name in ("clean", "fgsm", "pgd", "strong"))
 
+    bare = ["evaluate", "--checkpoint", str(tmp_path / "b"), "--dataset=fashion_mini"]
+    save_checkpoint(bare[2], run.model().half())
+    assert cli.main(bare) == 2 and "add --eps" in capsys.readouterr().err
+    assert cli.main([*bare, "--eps", "0.1", "--images", "8", "--strong=8"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 8
     job = [*source, *shlex.split("--n 4 --shard_size 2 --init uniform --stop fixed --steps 1")]
     assert cli.main(["generate", *job, "--folder", str(tmp_path / "a"), "--part", "2/2"]) == 0
     assert "samples:" not in capsys.readouterr().out  # the other part is not there yet
@@ -73,7 +79,7 @@ def test_train_evaluate_generate_results(home, tmp_path, capsys):
 
     os.rename(run.folder, run.folder.with_name("toy-s3"))
     table, results = tmp_path / "table.csv", ["results", str(home / "runs")]
-    assert cli.main([*results, "--runs", "toy-s3", "--csv", str(table)]) == 0
+    assert cli.main([*results, "--csv", str(table)]) == 0
     assert table.read_text().splitlines()[1].startswith("toy,1,")
     assert cli.main([*results, "--which", "best"]) == 0 and "toy" in capsys.readouterr().out
 

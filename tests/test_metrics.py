@@ -14,7 +14,7 @@ from derkit.generation import metrics
 from derkit.generation.extractor import ExtractorNet, extractor_for, inception, load_extractor
 from derkit.generation.generate import ARRAYS, Samples
 from derkit.generation.metrics import CEILING, FLOOR, distances, metrics_table, nearest_train
-from derkit.util import CheckpointError, DerkitError
+from derkit.util import DerkitError
 from scripts import generation_ablation, train_extractor
 
 package = pytest.importorskip("torch_fidelity")
@@ -37,19 +37,19 @@ def test_the_shipped_extractor(judge, mini):
     accuracy = judge.info["accuracy"]["test"]  # of 10,000 images; 1,000 are three errors away
     assert right.double().mean().item() == pytest.approx(accuracy, abs=0.04)
     assert variances(judge.net, mini.train.floats(0, 500)) == pytest.approx([1, 1], rel=0.15)
-    with pytest.raises(CheckpointError, match=r"\(extractor\) does not fit the model"):
+    with pytest.raises(DerkitError, match=r"\(extractor\) does not fit the model"):
         load_model(judge.path)
 
 
 def test_only_an_extractor_judges(tmp_path, trained):
     path, net = tmp_path / "file.safetensors", ExtractorNet(1, 10)
     save_checkpoint(path, trained)
-    with pytest.raises(CheckpointError, match="small_cnn.*must not judge its own samples"):
+    with pytest.raises(DerkitError, match="small_cnn.*must not judge its own samples"):
         load_extractor(path)
     for forged in (dict(width="os.system"), dict(width=8), dict(depth=2)):
         net.spec = ExtractorNet(1, 10).spec | forged
         save_checkpoint(path, net)
-        with pytest.raises(CheckpointError, match="is not a file of an extractor"):
+        with pytest.raises(DerkitError, match="is not a file of an extractor"):
             load_extractor(path)
 
 
@@ -60,6 +60,8 @@ def test_other_data_needs_its_own_extractor(tiny, home):
     save_checkpoint(own, ExtractorNet(3, 10).half(), dict(seed=1))
     with pytest.raises(DerkitError, match="takes 3 channels and 10 classes, svhn has 1 and 10"):
         extractor_for(other)
+    with pytest.raises(DerkitError, match=r"--dataset imagefolder:<path> --out .*imagefolder-a\."):
+        extractor_for(replace(other, name="imagefolder-a"))
     assert extractor_for("svhn").info == extractor_for("cifar100", own).info == {"seed": 1}
 
 

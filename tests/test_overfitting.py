@@ -21,8 +21,6 @@ def make_run(tmp_path, pgd, fgsm, train, aae, dE=None, cos=None, final=None, nam
     columns = dict(epoch=range(1, n + 1), valid_pgd=pgd, probe_pgd=pgd, valid_fgsm=fgsm,
                    train_acc=train, train_aae=aae, probe_dE=dE or [0.0] * n, cos=cos or [0.9] * n,
                    E_lin=[0.01] * n, align=[0.5] * n)
-    columns["steps"] = [dict(loss=[1.0] * 10, acc=[train[i]] * 10, aae=[aae[i]] * 10)
-                        for i in range(n)]
     rows = zip(*columns.values(), strict=True)
     write_lines(folder / "metrics.jsonl", [dict(zip(columns, row, strict=True)) for row in rows])
     return Run(folder)

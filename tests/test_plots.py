@@ -44,7 +44,8 @@ def runs(label):
 
 FIGURES = {  # function: arguments
     "overfitting_curves": lambda: [{"fgsm": runs("fgsm")[0]}],
-    "overfitting_curves ro": lambda: [{"a": runs("pgd")[0], "b": runs("pgd")}, "ro"],
+    "overfitting_curves ro": lambda: [{"a": runs("pgd")[0], "b": [  # of unequal length
+        SimpleNamespace(epochs=runs("pgd")[0].epochs.head(9)), *runs("pgd")]}, "ro"],
     "signal_curves": lambda: [runs("fgsm")[0], co_alarms(runs("fgsm")[0])],
     "filters": lambda: [{"m": build_model("one_layer", 3, 10, 8), "n": build_model(
         "one_layer", 3, 10, 8, filters=2)}],

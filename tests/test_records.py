@@ -12,7 +12,7 @@ from derkit import records
 from derkit.checkpoint import save_checkpoint
 from derkit.config import TrainConfig
 from derkit.records import Run, load_records, read_lines, run_folder, write_lines
-from derkit.util import CheckpointError, DerkitError, write_json
+from derkit.util import DerkitError, write_json
 
 ROWS = [dict(epoch=e, loss=1 / e, steps=dict(loss=[0.5, 0.25], acc=[1, None])) for e in (1, 2, 3)]
 
@@ -55,7 +55,7 @@ def test_run(tmp_path):
     run = Run(make_run(tmp_path / "r", dict(clean=0.5)))
     assert (run.name, run.finished, run.env["torch"]) == ("r", True, "x")
     assert run.config["train"]["seed"] == 0 and run.final["last"] == dict(clean=0.5)
-    assert list(run.epochs["epoch"]) == [1, 2, 3] and run.steps("loss") == [0.5, 0.25] * 3
+    assert list(run.epochs["epoch"]) == [1, 2, 3]
     assert repr(run) == "Run(r, 3 epochs, finished)"
     unfinished = Run(make_run(tmp_path / "u"))
     assert not unfinished.finished and repr(unfinished) == "Run(u, 3 epochs)"
@@ -73,7 +73,7 @@ def test_the_model_of_a_run(tmp_path, net, batch):
     assert torch.equal(run.model(model=net(seed=2))(batch[0]), nets["final"](batch[0]))
     with pytest.raises(DerkitError, match="unknown epoch 'first'.*last, best"):
         run.model("first")
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(DerkitError, match="does not exist"):
         Run(make_run(tmp_path / "u")).model()
 
 
@@ -108,7 +108,7 @@ def test_environment_says_what_numbers_depend_on():
     env = records.environment(torch.device("cpu"), "fp32", "because")
     assert env["torch"] == torch.__version__ and env["threads"] == torch.get_num_threads()
     assert (env["device"], env["gpu"], env["precision"]) == ("cpu", None, "fp32")
-    assert env["precision_reason"] == "because" and type(env["cpu_bf16"]) is bool
+    assert env["precision_reason"] == "because"
     assert env["cpu"] == torch.backends.cpu.get_cpu_capability()
     json.dumps(env)
 
@@ -123,7 +123,7 @@ def test_committed_records_are_read(name):
     groups = load_records(name)
     assert groups and all(run.finished for runs in groups.values() for run in runs)
     for run in (runs[0] for runs in groups.values()):
-        assert len(run.epochs) == run.final["last_epoch"] and len(run.steps("loss")) > 1
+        assert len(run.epochs) == run.final["last_epoch"]
         assert {"clean", "pgd", "dE"} <= set(run.final["last"]) & set(records.METRICS)
 
 
@@ -147,8 +147,5 @@ def test_grid(tmp_path):
         make_run(tmp_path / name, dict(clean=0.5))
     make_run(tmp_path / "b-s1")
     assert {k: len(v) for k, v in records.grid(tmp_path).items()} == {"a": 2, "alone": 1, "b": 1}
-    assert list(records.grid(tmp_path, ["b-s0"])) == ["b"]
-    with pytest.raises(DerkitError, match="no finished run 'b-s1'.*Did you mean 'b-s0'"):
-        records.grid(tmp_path, ["b-s1"])
     with pytest.raises(DerkitError, match="no finished runs in"):
         records.grid(tmp_path / "absent")

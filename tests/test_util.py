@@ -1,9 +1,9 @@
-"""Errors, files, the lock of a folder, devices, bars, one process."""
+"""Errors, files, the lock of a folder, devices, bars."""
 
 import errno
 import math
 import os
-import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,17 +92,21 @@ def test_precision(bf16, capability, best, monkeypatch):
 
 def test_bars_are_silent_on_request(monkeypatch):
     """TQDM_DISABLE is set for all tests; without it, a terminal gets a bar."""
+    monkeypatch.setattr("IPython.get_ipython", lambda: None)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # nbval may have imported it
     items = [1, 2]
     assert util.progress(items, "name") is items
     monkeypatch.delenv("TQDM_DISABLE")
     assert util.progress(items, "name") is not items
 
 
-def test_one_process_needs_no_group():
-    with util.processes():
-        assert not torch.distributed.is_initialized() and (util.rank(), util.world()) == (0, 1)
+@pytest.mark.parametrize("asked", [False, True])
+def test_bars_in_notebooks_where_a_person_looks_on(asked, monkeypatch):
+    shell = SimpleNamespace(get_parent=lambda: {"content": {"allow_stdin": asked}})
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    monkeypatch.delenv("TQDM_DISABLE")
+    items = [1, 2]
+    assert (util.progress(items) is items) is not asked
     assert [run(lambda: 3) for run in (util.first, util.everywhere, util.in_turn)] == [3, 3, 3]
     with pytest.raises(ZeroDivisionError):
         util.everywhere(lambda: 1 / 0)

@@ -13,7 +13,6 @@ from derkit import attacks, energy
 from derkit.data import Split
 from derkit.util import DerkitError, images_format, make_generator, pick
 
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 Attack = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
 
 
@@ -154,17 +153,14 @@ def autoattack_mask(model: nn.Module, split: Split, eps: float, norm: str = "lin
 
 def energy_summary(logits: Tensor, logits_adv: Tensor, labels: Tensor,
                    logits_start: Tensor | None = None) -> dict[str, float]:
-    """Mean and quantiles of dE(x) and dE(x, y), mean E(x), E(x*), and the share of AAEs (which
-    lowered the loss from ``logits_start``, where the attack did not start at x itself)."""
+    """Means of dE(x), dE(x, y), E(x), E(x*), and the share of AAEs (which lowered the loss from
+    ``logits_start``, where the attack did not start at x itself)."""
     start = logits if logits_start is None else logits_start
-    moved = {"dE": energy.delta_energy(logits, logits_adv),
-             "dEy": energy.delta_energy(logits, logits_adv, labels)}
-    rest = {"E": energy.marginal_energy(logits), "E_adv": energy.marginal_energy(logits_adv),
-            "aae": energy.abnormal_mask(start, logits_adv, labels).double()}
-    out = {name: values.mean() for name, values in (moved | rest).items()}
-    for name, values in moved.items():
-        out |= {f"{name}_q{100 * level:02.0f}": values.quantile(level) for level in QUANTILES}
-    return {name: round(float(value), 6) for name, value in out.items()}
+    found = {"dE": energy.delta_energy(logits, logits_adv),
+             "dEy": energy.delta_energy(logits, logits_adv, labels),
+             "E": energy.marginal_energy(logits), "E_adv": energy.marginal_energy(logits_adv),
+             "aae": energy.abnormal_mask(start, logits_adv, labels).double()}
+    return {name: round(values.mean().item(), 6) for name, values in found.items()}
 
 
 def gradient_cosine(model: nn.Module, a: Tensor, b: Tensor, y: Tensor) -> Tensor:

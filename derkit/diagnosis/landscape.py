@@ -16,8 +16,6 @@ from derkit.diagnosis.evaluation import attack_split, pgd_attack, predict
 STANDARD_ATTACKS = {  # options of `attacks.pgd`
     "FGSM": dict(steps=1, random_start=False, decay=True),  # a step of 2 eps, cut to the ball
     "PGD": dict(steps=20),
-    "PGD, KL": dict(steps=20, loss="kl"),
-    "PGD, margin": dict(steps=20, loss="margin"),
     "PGD to least likely": dict(steps=20, targeted=True, targets="least_likely"),
     "PGD to random class": dict(steps=20, targeted=True, targets="random"),
 }
@@ -94,10 +92,3 @@ def energy_path(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor,
                  Ey=[energy.joint_energy(f, y) for f in logits],
                  ce=[energy.cross_entropy(f, y) for f in logits])
     return {"u": _array(u)} | {name: _array(torch.stack(rows)) for name, rows in kinds.items()}
-
-
-def bump(path: dict[str, np.ndarray], key: str = "E") -> float:
-    """Mean over images of the largest |energy - chord| between the ends: 0 if it is linear."""
-    u, values = path["u"][:, None], path[key]
-    chord = (1 - u) * values[0] + u * values[-1]
-    return float(np.abs(values - chord).max(0).mean())

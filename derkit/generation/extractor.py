@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from derkit.checkpoint import ASSETS, load_checkpoint
-from derkit.data import Dataset, to_float
-from derkit.util import CheckpointError, DerkitError, home
+from derkit.data import SPECS, Dataset, to_float
+from derkit.util import DerkitError, home
 
 FASHION, CIFAR10 = (ASSETS / f"extractor_{name}.safetensors" for name in ("fashion", "cifar10"))
 BUNDLED = {"fashion_mini": FASHION, "fashion_mnist": FASHION, "cifar10": CIFAR10}
@@ -125,18 +125,18 @@ class Extractor:
 
 
 def load_extractor(path: str | os.PathLike) -> Extractor:
-    """The small extractor of a file. CheckpointError if the file is anything else."""
+    """The small extractor of a file. DerkitError if the file is anything else."""
     package("torch_fidelity")  # said before anything is generated, not after
     content = load_checkpoint(path)
     spec, sha256 = dict(content["spec"]), content["sha256"]
     if spec.pop("name") != "extractor":
         text = f"{path} holds {content['variant']}: a classifier must not judge its own samples"
-        raise CheckpointError(f"{text}. Train an extractor with scripts/train_extractor.py.")
+        raise DerkitError(f"{text}. Train an extractor with scripts/train_extractor.py.")
     try:
         net = ExtractorNet(**spec)
         net.load_state_dict(content["state"])  # stored in half precision, computed in float32
     except (TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is not a file of an extractor: {error}") from error
+        raise DerkitError(f"{path} is not a file of an extractor: {error}") from error
     net.eval().requires_grad_(False)
     return Extractor(f"derkit-{sha256[:8]}", sha256, Path(path), net, content["config"])
 
@@ -148,9 +148,10 @@ def extractor_for(dataset: Dataset | str, path: str | os.PathLike | None = None)
     name = dataset if isinstance(dataset, str) else dataset.name
     path = Path(path or BUNDLED.get(name) or home() / "extractors" / f"{name}.safetensors")
     if not path.is_file():
+        known = name if name in SPECS else "imagefolder:<path>"
         raise DerkitError(
             f"no feature extractor for {name}: {path} does not exist. Train one (minutes): python "
-            f"scripts/train_extractor.py --dataset {name} --out {path}, or use inception(FILE).")
+            f"scripts/train_extractor.py --dataset {known} --out {path}, or use inception(FILE).")
     extractor = load_extractor(path)
     takes = extractor.net.spec["channels"], extractor.net.spec["classes"]
     if dataset != name and takes != (dataset.channels, len(dataset.classes)):

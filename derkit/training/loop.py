@@ -208,8 +208,7 @@ def train_epoch(state: State, dataset: Dataset) -> dict[str, Any]:
     util.everywhere(partial(_check_finite, state, table))
     record = {f"train_{name}": round(sum(v) / len(v), 6) for name, v in table.items()}
     record |= dict(lr=rate, images_per_s=round(len(dataset.train) / seconds, 1))
-    steps = {name: [round(value, 4) for value in table[name]] for name in ("loss", "acc", "aae")}
-    return record | dict(seconds=round(seconds, 3), processes=util.world(), steps=steps)
+    return record | dict(seconds=round(seconds, 3), processes=util.world())
 
 
 def _update(state: State, loss: Tensor, done: float) -> float:
@@ -304,6 +303,8 @@ def _prepare(config: TrainConfig, dataset: Dataset | None, model: nn.Module | No
             config.dataset, config.data_dir or None, device, download=config.download,
             train_size=config.train_size, valid_size=config.valid_size,
             image_size=config.image_size or None)
+    elif config.dataset.partition(":")[0] != dataset.name.partition("-")[0]:
+        config = config.change(dataset=dataset.name)  # what checkpoints say that they were made on
     if config.autoattack_size:
         check_autoattack(config.eps, len(dataset.classes))
     return config, dataset, environment(device, precision, why)
@@ -374,8 +375,7 @@ def _close_epoch(folder: Path, state: State, dataset: Dataset, record: dict) -> 
             _save_weights(folder / "best.safetensors", state)
         if config.keep_every and epoch % config.keep_every == 0:
             _save_weights(folder / f"epoch-{epoch}.safetensors", state)
-        if epoch % config.save_every == 0 or epoch == config.epochs:
-            state.save(folder / "last.pt")
+        state.save(folder / "last.pt")
         write_lines(folder / "metrics.jsonl", state.rows)
     return state.rows[-1]
 

@@ -144,7 +144,8 @@ def alarm_leads(tables: Mapping[str, pd.DataFrame], save: Save = None) -> None:
     wide = dict(xlabel="lead over the onset, epochs (left of 0: too late)", ylim=(-0.7, 4.7))
     with _panels(save, 6.4, 2.9, list(tables), across=1, **wide) as axes:
         for axis, table in zip(axes, tables.values(), strict=True):
-            for i, (_, rows) in enumerate(table.groupby("signal", sort=False)):
+            for i, name in enumerate(overfitting.SIGNALS):
+                rows = table[table["signal"] == name]
                 bad, good = rows[rows["onset"].notna()], rows[rows["onset"].isna()]
                 leads = np.sort(bad["lead"].dropna().to_numpy(float))
                 spots = i + np.linspace(-0.3, 0.3, max(len(leads), 1))[: len(leads)]
@@ -153,7 +154,7 @@ def alarm_leads(tables: Mapping[str, pd.DataFrame], save: Save = None) -> None:
                 words = f"missed {missed} of {len(bad)}, false {false} of {len(good)}"
                 axis.annotate(words, (1.01, i), xycoords=("axes fraction", "data"), fontsize=9,
                               va="center")
-            axis.set_yticks(range(table["signal"].nunique()), table["signal"].unique())
+            axis.set_yticks(range(len(overfitting.SIGNALS)), overfitting.SIGNALS)
             axis.axvline(0, **ONSET)
 
 

@@ -262,12 +262,12 @@ def counts(table: pd.DataFrame) -> dict[str, int]:
 
 
 def duels(names: Sequence[str] = (), metric: str = "aa") -> pd.DataFrame:
-    """What claims compare in a metric, most gained on top: who, than whom, the seeds' differences,
-    their mean, and two standard errors. Comparisons with fewer than two seeds are left out."""
+    """What claims compare by AutoAttack, here in a ``metric``, most gained on top: who, than whom,
+    the seeds' differences, their mean, and two standard errors, for two seeds or more."""
     rows = []
     for name in names or SUITES:
         records, labels = Records(name), [e.label for e in SUITES[name].experiments]
-        pairs = [(label, rival) for claim in CLAIMS.get(name, []) if claim.metric == metric
+        pairs = [(label, rival) for claim in CLAIMS.get(name, []) if claim.metric == "aa"
                  for label in labels if fnmatchcase(label, claim.pattern) for rival in claim.than]
         for label, rival in dict.fromkeys(pairs):
             gains = records.values(label, metric) - records.values(rival, metric)

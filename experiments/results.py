@@ -17,11 +17,11 @@ import numpy as np
 import pandas as pd
 
 from derkit.config import AUTO, TrainConfig
-from derkit.diagnosis.overfitting import alarm_summary, co_onset
+from derkit.diagnosis.overfitting import SIGNALS, Signal, alarm_summary, co_onset
 from derkit.generation.metrics import CEILING, FLOOR, X0, generation_summary, load_generation
 from derkit.records import Run, load_costs, load_records, load_tested, records_folder, title
 from derkit.util import read_json
-from experiments.claims import Records, compare, counts, scorecard
+from experiments.claims import Records, compare, counts, duels, scorecard
 from experiments.suites import RO_SETTINGS, SUITES, TUNED, settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,14 +114,19 @@ def tuning(suite: str) -> pd.DataFrame:
     return pd.DataFrame.from_dict(found, orient="index").rename_axis("method")
 
 
-def alarms(*suites: str) -> pd.DataFrame:
+MARGINS = {f"dE(x), {attack}, margin {margin:g}": Signal(column, 0, margin)
+           for attack, column in {"one step": "probe_dE", "PGD": "valid_pgd_dE"}.items()
+           for margin in (0.5, 0.2, 0.05)}
+
+
+def alarms(*suites: str, signals: dict[str, Signal] = SIGNALS) -> pd.DataFrame:
     """Lead time and false alarms of every signal, a row per data set and signal."""
     parts = []
     for suite in suites:
         runs = [run for group in load_tested(suite).values() for run in group]
-        parts.append(alarm_summary(runs).assign(suite=suite))
+        parts.append(alarm_summary(runs, signals).assign(suite=suite))
     table = pd.concat(parts).set_index("signal").rename_axis("signal")
-    table["median lead"] = [f"{lead:.0f}" if np.isfinite(lead) else "-"
+    table["median lead"] = [f"{int(lead)}" if np.isfinite(lead) else "-"
                             for lead in table["median lead"]]
     return table[["suite", "in time", "rang", "median lead", "false alarms"]]
 
@@ -136,7 +141,8 @@ def collapses(*suites: str) -> pd.DataFrame:
                     moved, aae = (run.epochs[name] for name in ("valid_pgd_dE", "train_aae"))
                     found.append({
                         "run": f"{title(label)}, seed {run.config['train']['seed']}",
-                        "suite": suite, "onset": onset.epoch,
+                        "suite": suite, "PGD at its best": f"{onset.peak:.2f}",
+                        "onset": onset.epoch,
                         "dE(x) 3 epochs before": f"{moved[max(onset.epoch - 4, 0)]:+.2f}",
                         "at onset": f"{moved[onset.epoch - 1]:+.2f}",
                         "at the end": f"{moved.iloc[-1]:+.2f}",
@@ -214,6 +220,20 @@ def claims(*suites: str) -> pd.DataFrame:
     return table.set_index("claim")[["suite", "run", "ours", "verdict"]]
 
 
+def gains(*suites: str) -> pd.DataFrame:
+    """What the claims compare, by AutoAttack and by the strong suite: paired difference over seeds
+    with its standard error, and the verdict that it would get."""
+    found = {}
+    for metric, name in dict(aa="AutoAttack", strong="strong").items():
+        for row in duels(suites, metric).itertuples():
+            text = f"{row.gain:+.3f} ± {row.bar / 2:.3f}"
+            word = "tie" if abs(row.gain) <= row.bar else "more" if row.gain > 0 else "less"
+            key = row.suite, title(row.run), title(row.than)
+            found.setdefault(key, {})[name] = f"{text}, {word}"
+    table = pd.DataFrame.from_dict(found, orient="index").rename_axis(["suite", "run", "than"])
+    return table.sort_index(level="suite", sort_remaining=False).reset_index().set_index("suite")
+
+
 def verdicts() -> pd.DataFrame:
     """How many claims have which verdict, over all suites."""
     return pd.DataFrame([counts(scorecard())], index=["claims"])
@@ -221,7 +241,8 @@ def verdicts() -> pd.DataFrame:
 
 TABLES = dict(ranking=ranking, rows=rows, tuning=tuning, alarms=alarms, collapses=collapses,
               robust=robust, energies=energies, generation=generation, claims=claims,
-              verdicts=verdicts, curve=partial(generation, parts=("curve",)),
+              gains=gains, verdicts=verdicts, curve=partial(generation, parts=("curve",)),
+              margins=partial(alarms, signals=MARGINS),
               judges=partial(generation, distances=KERNEL, columns=COVER))
 BLOCK = re.compile(rf"(<!-- ({'|'.join(TABLES)}) ?([\w ]*) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 

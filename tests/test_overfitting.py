@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from derkit.diagnosis import overfitting
-from derkit.diagnosis.overfitting import first_alarm, should_stop, summary
+from derkit.diagnosis.overfitting import SIGNALS, first_alarm, should_stop, summary
 from derkit.records import Run, load_tested, write_lines
 from derkit.util import write_json
 
@@ -91,11 +91,12 @@ def test_stop_rule(tmp_path):
     rows = make_run(tmp_path, **collapsed(12)).epochs
     assert not should_stop(rows.iloc[:10].to_dict("records"))
     assert should_stop(rows.iloc[:11].to_dict("records"))
-    assert first_alarm(rows.iloc[:10], "AAE share") is None
+    assert first_alarm(rows.iloc[:10], SIGNALS["AAE share"]) is None
     assert not should_stop([dict(train_aae=None)] * 9), "no epoch has been evaluated yet"
     cos = np.repeat([0.9, 0.6, 0.8, 0.7, 0.9, 0.3], 2)
     cos[1::2] = np.nan  # measured in every second epoch
-    assert first_alarm(pd.DataFrame(dict(cos=cos)), "gradient cosine") is None, "as noisy as before"
+    cos = pd.DataFrame(dict(cos=cos))
+    assert first_alarm(cos, SIGNALS["gradient cosine"]) is None, "as noisy as before"
 
 
 def test_robust_overfitting_gap_and_onset(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from derkit.diagnosis.overfitting import co_onset
+from derkit.diagnosis.overfitting import SIGNALS, co_onset
 from derkit.records import load_records, load_tested, records_folder, title
 from derkit.util import read_json
 from experiments import results
@@ -83,10 +83,20 @@ def test_alarms_and_collapses_count_every_run():
         part = table[table["suite"] == suite]
         bad, good = (part[name].str.partition(" of ")[2].astype(int)
                      for name in ("rang", "false alarms"))
-        assert set(bad + good) == {len(runs)} and len(part) == 5
+        columns = [signal.column for signal in SIGNALS.values()]  # PGD training has no AAE share
+        measured = [sum(run.epochs[c].notna().any() for run in runs) for c in columns]
+        assert list(bad + good) == measured and len(runs) == max(measured)
         collapsed = results.collapses(suite)
         assert len(results.collapses(suite, suite)) == 2 * len(collapsed), "same labels, two suites"
         assert set(bad) == {len(collapsed)}
+
+
+def test_gains_by_two_judges():
+    ball, rival = (load_tested("co_cifar10")[name] for name in ("fgsm + der ball", "n_fgsm"))
+    gain = np.mean([a.final["last"]["strong"] - b.final["last"]["strong"]
+                    for a, b in zip(ball, rival, strict=True)])
+    table = results.gains("co_cifar10").set_index(["run", "than"])
+    assert table.loc[("FGSM + DER (ball)", "N-FGSM"), "strong"].startswith(f"{gain:+.3f} ± ")
 
 
 def test_titles_and_empty_tables():

@@ -32,9 +32,9 @@ SIGNALS: dict[str, Signal] = {
 }
 
 
-def first_alarm(epochs: pd.DataFrame, name: str, factor: float = 3.0, skip: int = 3) -> int | None:
+def first_alarm(epochs: pd.DataFrame, signal: Signal, factor: float = 3.0,
+                skip: int = 3) -> int | None:  # fmt: skip
     """The epoch (from 1) at which a signal first alarms, or None, after ``skip`` measured ones."""
-    signal = SIGNALS[name]
     measured = epochs[signal.column].dropna()
     values = measured.to_numpy(float)
     for i in range(skip, len(values)):
@@ -52,7 +52,7 @@ def should_stop(rows: list[dict]) -> bool:
     epochs = pd.DataFrame(rows)
     name = "AAE share" if epochs["train_aae"].notna().any() else "dE(x)"
     evaluated = {SIGNALS[name].column, "valid_pgd"} <= {*epochs}  # `eval_from` may lie ahead
-    return evaluated and first_alarm(epochs, name) is not None
+    return evaluated and first_alarm(epochs, SIGNALS[name]) is not None
 
 
 class Onset(NamedTuple):
@@ -84,12 +84,15 @@ def co_onset(run: Run, share: float = 0.5) -> Onset | None:
     return Onset(epoch, float(np.nanmax(pgd[:epoch])), float(pgd[epoch - 1]))
 
 
-def co_alarms(run: Run) -> pd.DataFrame:
-    """One row per signal of SIGNALS: epoch of its alarm, of the onset, lead in epochs, verdict:
-    'ahead', 'with', 'late' or 'missed' on a collapsed run, else 'quiet' or 'false alarm'."""
+def co_alarms(run: Run, signals: Mapping[str, Signal] = SIGNALS) -> pd.DataFrame:
+    """One row per signal that the run has (PGD training has no AAE share): epoch of its alarm, of
+    the onset, lead in epochs, verdict: 'ahead', 'with', 'late' or 'missed' on a collapsed run, else
+    'quiet' or 'false alarm'."""
     onset, rows = getattr(co_onset(run), "epoch", None), []
-    for name in SIGNALS:
-        alarm = first_alarm(run.epochs, name)
+    for name, signal in signals.items():
+        if not run.epochs[signal.column].notna().any():
+            continue
+        alarm = first_alarm(run.epochs, signal)
         lead = onset - alarm if onset and alarm else None
         verdict = "missed" if onset else "quiet"
         if alarm:
@@ -99,12 +102,13 @@ def co_alarms(run: Run) -> pd.DataFrame:
     return table.astype({"alarm": "Int64", "onset": "Int64", "lead": "Int64"})
 
 
-def alarm_summary(runs: Sequence[Run]) -> pd.DataFrame:
+def alarm_summary(runs: Sequence[Run], signals: Mapping[str, Signal] = SIGNALS) -> pd.DataFrame:
     """Alarms over many runs, a row per signal: in how many collapsed runs it rang by the onset
     ('in time') and at all ('rang'), median lead there (epochs), 'false alarms' in the others."""
-    table = pd.concat([co_alarms(run) for run in runs])
+    table = pd.concat([co_alarms(run, signals) for run in runs])
     rows = []
-    for name, marks in table.groupby("signal", sort=False):
+    for name in signals:
+        marks = table[table["signal"] == name]
         bad, good = marks[marks["onset"].notna()], marks[marks["onset"].isna()]
         leads = bad["lead"].dropna().astype(float)
         rows.append({"signal": name, "in time": f"{(leads >= 0).sum()} of {len(bad)}",

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from derkit import notebook
+from derkit import notebook, util
 from derkit.util import DerkitError
 
 CELL = """dataset: str = "fashion_mini"  # data
@@ -68,10 +68,13 @@ def test_output(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_slider_is_a_picture_where_nobody_can_move_it(asked, monkeypatch):
-    drawn, shown = [], []
+def test_sliders_and_bars_where_a_person_looks_on(asked, monkeypatch):
+    drawn, shown, items = [], [], [1, 2]
     shell = MagicMock(get_parent=lambda: {"content": {"allow_stdin": asked}})
     monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    with monkeypatch.context() as patch:
+        patch.delenv("TQDM_DISABLE")
+        assert (util.progress(items) is items) is not asked
     monkeypatch.setattr("IPython.display.display", shown.append)
 
     def draw(value):

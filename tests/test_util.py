@@ -3,7 +3,6 @@
 import errno
 import math
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,15 +97,3 @@ def test_bars_are_silent_on_request(monkeypatch):
     assert util.progress(items, "name") is items
     monkeypatch.delenv("TQDM_DISABLE")
     assert util.progress(items, "name") is not items
-
-
-@pytest.mark.parametrize("asked", [False, True])
-def test_bars_in_notebooks_where_a_person_looks_on(asked, monkeypatch):
-    shell = SimpleNamespace(get_parent=lambda: {"content": {"allow_stdin": asked}})
-    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
-    monkeypatch.delenv("TQDM_DISABLE")
-    items = [1, 2]
-    assert (util.progress(items) is items) is not asked
-    assert [run(lambda: 3) for run in (util.first, util.everywhere, util.in_turn)] == [3, 3, 3]
-    with pytest.raises(ZeroDivisionError):
-        util.everywhere(lambda: 1 / 0)

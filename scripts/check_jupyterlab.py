@@ -44,7 +44,8 @@ def server(tmp_path):
              f"--ServerApp.root_dir={folder}", "--LabApp.expose_app_in_browser=True"]  # fmt: skip
     address, end = f"http://127.0.0.1:{port}", time.monotonic() + 60
     with open(log, "w") as out:
-        process = subprocess.Popen(words, stdout=out, stderr=out, env=os.environ | private)
+        watched = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"}  # bars are shown
+        process = subprocess.Popen(words, stdout=out, stderr=out, env=watched | private)
     try:
         while True:
             try:
@@ -91,10 +92,11 @@ def test_run_all_in_jupyterlab(path, server, page):
     page.evaluate("() => window.jupyterapp.commands.execute('notebook:clear-all-cell-outputs')")
     assert page.evaluate(STATE)["text"] == ""  # what is seen afterwards is new
     page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
-    end, quiet = time.monotonic() + 60 * MINUTES, 0
+    end, quiet, bars = time.monotonic() + 60 * MINUTES, 0, 0
     while quiet < 3:
         time.sleep(0.5)
         now = page.evaluate(STATE)
+        bars = max(bars, page.locator(".widget-hprogress").count())
         at_rest = now["status"] == "idle" and (not now["waiting"] or now["errors"])
         quiet = quiet + 1 if at_rest else 0
         assert time.monotonic() < end, f"still {now['status']}, {now['waiting']} cells to run"
@@ -107,6 +109,8 @@ def test_run_all_in_jupyterlab(path, server, page):
     texts = now["text"], "".join(o.get("text", "") for o in outputs)
     seen, stored = ([s for s in t.splitlines() if s[:6] in ("PASS  ", "FAIL  ")] for t in texts)
     assert seen == stored != [] and not [s for s in seen if s.startswith("FAIL")]
+    if "= train(" in path.read_text() and "DERKIT_BROWSER_HOME" not in os.environ:
+        assert bars, "training shows no progress"
     if "notebook.slider(" in path.read_text():
         move_slider(page, path.stem)
 

@@ -34,10 +34,10 @@ def main(cases, folder):
             statistics["loss"] = statistics["loss"] * torch.nan
         return total, statistics
 
-    def epoch(state, dataset):
+    def epoch(state, dataset, bar):
         if mode == "half" and state.epoch == 1:
             raise util.DerkitError("stopped half-way")
-        return train_epoch(state, dataset)
+        return train_epoch(state, dataset, bar)
 
     loop.train_step, loop.train_epoch = step, epoch
     data = load_dataset(train_size=51)

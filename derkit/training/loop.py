@@ -7,7 +7,7 @@ evaluates and writes."""
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -177,8 +177,9 @@ def _batches(state: State, dataset: Dataset, rng: torch.Generator):
         yield x.contiguous(memory_format=state.memory), y, share
 
 
-def train_epoch(state: State, dataset: Dataset) -> dict[str, Any]:
-    """One epoch; returns its record. Statistics stay on the device until the epoch is over."""
+def train_epoch(state: State, dataset: Dataset, bar: Iterator = iter(())) -> dict[str, Any]:
+    """One epoch; returns its record. Statistics stay on the device until the epoch is over.
+    ``bar`` is advanced by one for every step."""
     config, device, rank = state.config, dataset.train.images.device, util.rank()
     order = util.make_generator(device, "epoch", config.seed, state.epoch)  # the same everywhere
     rng = order if rank == 0 else util.make_generator(device, config.seed, state.epoch, rank)
@@ -187,11 +188,9 @@ def train_epoch(state: State, dataset: Dataset) -> dict[str, Any]:
     attack_context = nullcontext if config.precision == "fp16" else context
     objective, regularizer = Objective(config), make_regularizer(config, state.attacked)
     per_epoch = math.ceil(len(dataset.train) / config.batch_size)
-    label = f"epoch {state.epoch + 1}/{config.epochs}"
-    batches = util.progress(_batches(state, dataset, order), label, total=per_epoch)
     table, began = [], time.perf_counter()
     state.model.train()
-    for i, (x, y, share) in enumerate(batches):
+    for i, (x, y, share) in enumerate(_batches(state, dataset, order)):
         done = (state.epoch + i / per_epoch) / config.epochs
         active = regularizer if done >= config.start else None
         total, statistics = train_step(
@@ -200,6 +199,7 @@ def train_epoch(state: State, dataset: Dataset) -> dict[str, Any]:
         rate = _update(state, total * share, done + 0.5 / per_epoch / config.epochs)
         values = [value.detach().double() for value in statistics.values()]
         table.append(torch.stack(values) * share / util.world())
+        next(bar, None)
     table = torch.stack(table)
     if util.world() > 1:
         dist.all_reduce(table)
@@ -347,14 +347,17 @@ def _open(folder: Path, state: State, dataset: Dataset, signature: str, env: dic
 
 def _fit(folder: Path, state: State, dataset: Dataset, say) -> None:
     """The epochs that are left: train on all processes; evaluate and write on the first."""
-    alarm = state.config.stop_on_co
+    alarm, steps = state.config.stop_on_co, math.ceil(len(dataset.train) / state.config.batch_size)
+    left = range(state.epoch * steps, state.config.epochs * steps)
+    bar = iter(util.progress(left, f"training {folder.name}"))
     stop = util.first(lambda: alarm and bool(state.rows) and should_stop(state.rows))
     while state.epoch < state.config.epochs and not stop:
-        record = train_epoch(state, dataset)
+        record = train_epoch(state, dataset, bar)
         row = util.first(partial(_close_epoch, folder, state, dataset, record))
         if util.rank():
             state.rows.append(row)
         stop = alarm and should_stop(state.rows)
+    next(bar, None)  # at its end: it is taken away
     if stop:
         say(f"stopped after epoch {state.epoch}: catastrophic-overfitting alarm")
     util.first(partial(_save_weights, folder / "final.safetensors", state))

@@ -44,6 +44,8 @@ GRIDS = {"fashion_mini": {"local": "local PCA, quantile stop",
          "cifar10": {"noise": "noise, 60 steps", "blur": "PCA as published, 20 steps",
                      "local": "local PCA, tau .7, 20 steps"}}
 
+FAILURES = {"cifar10": ("cat", "frog")}  # the classes that come out worst, by eye
+
 
 def hero(folder: Path, suite: str = "co_cifar10") -> None:
     """Collapse and cure: accuracies and dE(x) of two runs on one axis, and in an inset the loss on
@@ -165,6 +167,13 @@ def generation(folder: Path) -> None:
             plots.compare_sets(path, torch.arange(9), words, save=between)
         compared = folder / f"generation_compare_{dataset}.png"
         plots.compare_sets(images, labels, names, save=compared)
+        if dataset in FAILURES:
+            worst = [names.index(name) for name in FAILURES[dataset]]
+            few = torch.cat([(labels == c).nonzero()[:5, 0] for c in worst])
+            words = [names[c] for c in labels[few]]
+            rows = {key: images[key][few] for key in images if "x0" not in key}
+            save = folder / f"generation_failures_{dataset}.png"
+            plots.compare_sets(rows, torch.arange(len(few)), words, save=save)
         for name, key in grids.items():
             grid = folder / f"generation_{name}_{dataset}.png"
             plots.sample_grid(images[key], labels, names, title=key, save=grid)

@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections import namedtuple
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -165,7 +164,7 @@ def _torchvision(name: str, root: Path, split: str, download: bool) -> Arrays:
 
 def _named(name: str, data_dir: str | os.PathLike | None, download: bool) -> tuple:
     """(splits, source, spec) of a named set from the first place that has it, in any format."""
-    spec, problem = SPECS[name], "was not found whole in"
+    spec, problem = SPECS[name], "was not found in"
     roots = [data_dir] if data_dir else [os.environ.get("DERKIT_DATA"), home() / "data", *USUAL]
     roots = [Path(root).expanduser() for root in roots if root]
     for root in roots:
@@ -182,9 +181,14 @@ def _named(name: str, data_dir: str | os.PathLike | None, download: bool) -> tup
             copy = "JPEG copy" if any(folder.glob("train/*/*.[jJ][pP]*")) else "image files"
             parts = {split: _read_folder(folder / split, spec) for split in ("train", "test")}
             return parts, f"{copy}, class folders", spec
-        with suppress(Exception):  # torchvision has many for files that are absent or broken
+        try:
             parts = {split: _torchvision(name, root, split, False) for split in ("train", "test")}
             return parts, "torchvision", spec
+        except OSError:
+            continue  # a place that cannot be looked into
+        except Exception as error:  # torchvision has many kinds
+            if "not found" not in str(error):
+                raise DerkitError(f"{name} in {root} cannot be read: {error}.") from error
     if download:
         root = roots[0] if data_dir else home() / "data"
         print(f"downloading {name} into {root} (once)")

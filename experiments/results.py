@@ -126,7 +126,7 @@ def alarms(*suites: str, signals: dict[str, Signal] = SIGNALS) -> pd.DataFrame:
         runs = [run for group in load_tested(suite).values() for run in group]
         parts.append(alarm_summary(runs, signals).assign(suite=suite))
     table = pd.concat(parts).set_index("signal").rename_axis("signal")
-    table["median lead"] = [f"{int(lead)}" if np.isfinite(lead) else "-"
+    table["median lead"] = [f"{lead:g}" if np.isfinite(lead) else "-"
                             for lead in table["median lead"]]
     return table[["suite", "in time", "rang", "median lead", "false alarms"]]
 
@@ -226,7 +226,7 @@ def gains(*suites: str) -> pd.DataFrame:
     found = {}
     for metric, name in dict(aa="AutoAttack", strong="strong").items():
         for row in duels(suites, metric).itertuples():
-            text = f"{row.gain:+.3f} ± {row.bar / 2:.3f}"
+            text = f"{row.gain:+.4f} ± {row.bar / 2:.4f}"
             word = "tie" if abs(row.gain) <= row.bar else "more" if row.gain > 0 else "less"
             key = row.suite, title(row.run), title(row.than)
             found.setdefault(key, {})[name] = f"{text}, {word}"

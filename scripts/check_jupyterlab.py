@@ -96,7 +96,7 @@ def test_run_all_in_jupyterlab(path, server, page):
     while quiet < 3:
         time.sleep(0.5)
         now = page.evaluate(STATE)
-        bars = max(bars, page.locator(".widget-hprogress").count())
+        bars = max(bars, page.locator(".jupyter-widgets", has_text="training ").count())
         at_rest = now["status"] == "idle" and (not now["waiting"] or now["errors"])
         quiet = quiet + 1 if at_rest else 0
         assert time.monotonic() < end, f"still {now['status']}, {now['waiting']} cells to run"

@@ -214,8 +214,9 @@ def test_broken_files_of_torchvision(tmp_path, stem):
     raw = path.read_bytes()
     for broken in (raw[:2], raw[:6], raw[:12], raw[:-1], b"<html>not found</html>"):
         path.write_bytes(broken)
-        with pytest.raises(DerkitError, match="was not found whole in"):
-            load_dataset("fashion_mnist", tmp_path, **SMALL)
+        for download in (False, True):
+            with pytest.raises(DerkitError, match=f"fashion_mnist in {tmp_path} cannot be read"):
+                load_dataset("fashion_mnist", tmp_path, download=download, valid_size=10)
     write_fashion(tmp_path, classes=13)
     with pytest.raises(DerkitError, match=r"40 labels in \[0, 10\), found 40 .* 11 12"):
         load_dataset("fashion_mnist", tmp_path, **SMALL)
@@ -248,7 +249,7 @@ def test_unknown_dataset():
 
 def test_not_found_and_not_downloaded(tmp_path, monkeypatch):
     """The places, the ways out; never a download into a misspelt folder."""
-    with pytest.raises(DerkitError, match="not found whole in: .*DERKIT_DATA.*train/<class>"):
+    with pytest.raises(DerkitError, match="not found in: .*DERKIT_DATA.*train/<class>"):
         load_dataset("cifar10", tmp_path, **SMALL)
 
     def unreachable(*args):

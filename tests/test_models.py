@@ -44,8 +44,7 @@ def published_forward(w, x, shortcut, final_bn):
     """The forward pass of preactresnet.py in the published code, from the weights w by name.
 
     Rice et al. project the activation (bn), Wong et al. and GradAlign x itself; GradAlign has no
-    BatchNorm before the pooling.
-    """
+    BatchNorm before the pooling."""
 
     def bn(h, name):
         parts = ("running_mean", "running_var", "weight", "bias")

@@ -96,7 +96,7 @@ def test_gains_by_two_judges():
     gain = np.mean([a.final["last"]["strong"] - b.final["last"]["strong"]
                     for a, b in zip(ball, rival, strict=True)])
     table = results.gains("co_cifar10").set_index(["run", "than"])
-    assert table.loc[("FGSM + DER (ball)", "N-FGSM"), "strong"].startswith(f"{gain:+.3f} ± ")
+    assert table.loc[("FGSM + DER (ball)", "N-FGSM"), "strong"].startswith(f"{gain:+.4f} ± ")
 
 
 def test_titles_and_empty_tables():

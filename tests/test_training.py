@@ -198,11 +198,8 @@ def test_users_module_with_dropout(tiny, config, tmp_path):
 
 @pytest.mark.parametrize("where", ["save_checkpoint", "save_state", "write_lines"])
 def test_resume_after_a_kill_between_files(where, tiny, config, tmp_path, monkeypatch):
-    """Files of different epochs: the same record comes out.
-
-    The best epoch is the first of the highest PGD accuracy on validation images; test images are
-    not looked at before the end.
-    """
+    """Files of different epochs: the same record. The best epoch is the first of the highest PGD
+    accuracy on validation images; test images are not looked at before the end."""
     c = config(epochs=4, probe_every=3)
     scores, original = {1: 0.2, 2: 0.3, 3: 0.5, 4: 0.5}, monitor.epoch_evaluation
 
@@ -211,8 +208,8 @@ def test_resume_after_a_kill_between_files(where, tiny, config, tmp_path, monkey
         return row | dict(valid_pgd=scores[epoch], probe_pgd=epoch)
 
     monkeypatch.setattr(monitor, "epoch_evaluation", evaluate)
-    with interrupted(where, dict(save_checkpoint=4, save_state=4, write_lines=5)[where]):
-        train(c, tiny)  # in epoch 4; the state is of epoch 3
+    with interrupted(where, dict(save_checkpoint=4, save_state=3, write_lines=5)[where]):
+        train(c, tiny)  # save_state: the best is of epoch 3 already, the state of epoch 2
     resumed, whole = train(c, tiny), train(c, tiny, folder=tmp_path / "whole")
     assert record(resumed.folder) == record(whole.folder)
     assert (whole.final["best_epoch"], whole.final["last_epoch"]) == (3, 4)
@@ -232,7 +229,8 @@ def test_epochs_before_eval_from_are_not_evaluated(tiny, config):
 
 def test_stop_on_co(tiny, config, monkeypatch, capsys):
     """The history is complete after a resume, and a stopped run does not go on."""
-    c, seen = config(epochs=4, stop_on_co=True), []
+    c, seen, bars = config(epochs=4, stop_on_co=True), [], []
+    monkeypatch.setattr(loop.util, "progress", lambda x, name: bars.append(iter(x)) or bars[-1])
     monkeypatch.setattr(loop, "should_stop", lambda rows: seen.append(rows[:]) or len(rows) == 3)
     for where, call in (("train_epoch", 3), ("_finish", 1)):
         with interrupted(where, call):
@@ -240,7 +238,7 @@ def test_stop_on_co(tiny, config, monkeypatch, capsys):
     assert [row["epoch"] for row in seen[-1]] == [1, 2, 3]
     monkeypatch.setattr(loop, "train_epoch", None)  # nothing is trained again
     run = train(c, tiny, verbose=True)
-    assert run.final["last_epoch"] == 3 == len(run.epochs)
+    assert run.final["last_epoch"] == 3 == len(run.epochs) and next(bars[-1], None) is None
     assert "stopped after epoch 3: catastrophic-overfitting alarm" in capsys.readouterr().out
 
 
@@ -288,10 +286,14 @@ def test_model_of_the_config(tiny, config):
     assert model_from_config(config(normalize=False), tiny)[0].mean == 0
 
 
-def test_another_model_and_a_last_batch_of_one_image(tiny, config):
+def test_another_model_and_a_last_batch_of_one_image(tiny, config, monkeypatch):
     odd = replace(tiny, name="odd", train=tiny.train.take(slice(5)))
     options = dict(model="preact_resnet18", width=2, epochs=1, batch_size=2, probe_size=2)
+    sizes, step = [], loop.train_step
+    monkeypatch.setattr(loop, "train_step", lambda model, x, *rest, **more: (
+        sizes.append(len(x)) or step(model, x, *rest, **more)))
     run = train(config(eval_size=2, final_size=0, **options), odd)
+    assert sizes == [2, 2, 1]
     assert run.config["train"]["dataset"] == "odd" and run.final["last"]["images"] == 32  # 0: all
 
 

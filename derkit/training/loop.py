@@ -303,7 +303,7 @@ def _prepare(config: TrainConfig, dataset: Dataset | None, model: nn.Module | No
             config.dataset, config.data_dir or None, device, download=config.download,
             train_size=config.train_size, valid_size=config.valid_size,
             image_size=config.image_size or None)
-    elif config.dataset.partition(":")[0] != dataset.name.partition("-")[0]:
+    elif dataset.name not in (config.dataset, f"imagefolder-{Path(config.dataset).name}"):
         config = config.change(dataset=dataset.name)  # what checkpoints say that they were made on
     if config.autoattack_size:
         check_autoattack(config.eps, len(dataset.classes))
@@ -357,7 +357,8 @@ def _fit(folder: Path, state: State, dataset: Dataset, say) -> None:
         if util.rank():
             state.rows.append(row)
         stop = alarm and should_stop(state.rows)
-    next(bar, None)  # at its end: it is taken away
+    for _ in bar:  # to its end, after an early stop, too: there it is taken away
+        pass
     if stop:
         say(f"stopped after epoch {state.epoch}: catastrophic-overfitting alarm")
     util.first(partial(_save_weights, folder / "final.safetensors", state))

@@ -165,6 +165,18 @@ def robust(suite: str) -> pd.DataFrame:
     return table.drop(columns="order").rename_axis("method")
 
 
+def same(suite: str) -> pd.DataFrame:
+    """The strong suite and AutoAttack on the same images, where scripts/same_images.py ran them."""
+    found = {}
+    every = pd.DataFrame(read_json(records_folder() / suite / "same_images.json")["rows"])
+    for label, part in every.groupby("label", sort=False):
+        more = (part["aa"] - part["strong"]).mean()
+        found[title(label)] = {
+            "seeds": len(part), "images": part["images"].iloc[0], "strong": cell(part["strong"]),
+            "AutoAttack": cell(part["aa"]), "AutoAttack - strong": f"{more:+.3f}"}
+    return pd.DataFrame.from_dict(found, orient="index").rename_axis("method")
+
+
 def energies(folder: str) -> pd.DataFrame:
     """dE(x) by strength at 20 steps: mean over images and seeds, with the range over seeds; and at
     the data set's eps the shares of images fooled and moved to the target."""
@@ -240,9 +252,9 @@ def verdicts() -> pd.DataFrame:
 
 
 TABLES = dict(ranking=ranking, rows=rows, tuning=tuning, alarms=alarms, collapses=collapses,
-              robust=robust, energies=energies, generation=generation, claims=claims,
-              gains=gains, verdicts=verdicts, curve=partial(generation, parts=("curve",)),
-              margins=partial(alarms, signals=MARGINS),
+              robust=robust, same=same, energies=energies, generation=generation,
+              claims=claims, gains=gains, verdicts=verdicts,
+              curve=partial(generation, parts=("curve",)), margins=partial(alarms, signals=MARGINS),
               judges=partial(generation, distances=KERNEL, columns=COVER))
 BLOCK = re.compile(rf"(<!-- ({'|'.join(TABLES)}) ?([\w ]*) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 

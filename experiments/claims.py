@@ -263,17 +263,19 @@ def counts(table: pd.DataFrame) -> dict[str, int]:
 
 def duels(names: Sequence[str] = (), metric: str = "aa") -> pd.DataFrame:
     """What claims compare by AutoAttack, here in a ``metric``, most gained on top: who, than whom,
-    the seeds' differences, their mean, and two standard errors, for two seeds or more."""
+    the seeds' differences, their mean, two standard errors, and the verdict, for two seeds or more.
+    """
     rows = []
     for name in names or SUITES:
         records, labels = Records(name), [e.label for e in SUITES[name].experiments]
         pairs = [(label, rival) for claim in CLAIMS.get(name, []) if claim.metric == "aa"
                  for label in labels if fnmatchcase(label, claim.pattern) for rival in claim.than]
         for label, rival in dict.fromkeys(pairs):
-            gains = records.values(label, metric) - records.values(rival, metric)
-            gains = gains[np.isfinite(gains)]
-            rows.append((name, label, rival, gains, gains.mean(), 2 * gains.sem()))
-    table = pd.DataFrame(rows, columns=["suite", "run", "than", "seeds", "gain", "bar"])
+            ours, theirs = records.values(label, metric), records.values(rival, metric)
+            gains = (ours - theirs)[lambda values: np.isfinite(values)]
+            verdict, _ = compare(ours, theirs)
+            rows.append((name, label, rival, gains, gains.mean(), 2 * gains.sem(), verdict))
+    table = pd.DataFrame(rows, columns=["suite", "run", "than", "seeds", "gain", "bar", "verdict"])
     return table.dropna().sort_values("gain", ascending=False, ignore_index=True)
 
 

@@ -239,7 +239,7 @@ def gains(*suites: str) -> pd.DataFrame:
     for metric, name in dict(aa="AutoAttack", strong="strong").items():
         for row in duels(suites, metric).itertuples():
             text = f"{row.gain:+.4f} ± {row.bar / 2:.4f}"
-            word = "tie" if abs(row.gain) <= row.bar else "more" if row.gain > 0 else "less"
+            word = dict(PASS="more", TIE="tie", FAIL="less").get(row.verdict, row.verdict)
             key = row.suite, title(row.run), title(row.than)
             found.setdefault(key, {})[name] = f"{text}, {word}"
     table = pd.DataFrame.from_dict(found, orient="index").rename_axis(["suite", "run", "than"])
